@@ -1,0 +1,1 @@
+"""Automatic circuit discovery for transformer language models."""
