@@ -198,7 +198,9 @@ def metric_class(name: str) -> type[Metric]:
     try:
         chosen = tuple(int(dim) for dim in dims.split(","))
     except ValueError:
-        raise PahqError(f"metric '{name}': '{dims}' is no list of output dimensions; write for example l2:0,2") from None
+        raise PahqError(
+            f"metric '{name}': '{dims}' is no list of output dimensions; write for example l2:0,2"
+        ) from None
     return type("L2", (L2,), {"name": name, "dims": chosen})
 
 

@@ -1,0 +1,235 @@
+"""Many neighbouring states of a sweep in one pass, recomputing only what they change.
+
+Row i of a batch is the base state without some of the batch's candidate edges. A node is computed
+only in the rows from the first one in which it can differ from the base state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pahq.engine.marks import Marks, Reach, head_column, mlp_column
+from pahq.engine.nodes import Nodes
+from pahq.engine.state import Key, State, heads_reading, projections
+from pahq.graph import Graph
+
+
+@dataclass
+class Batch:
+    """States to evaluate.
+
+    candidates: (row, column) of the edges that some state removes, in order of testing.
+    applied: bool [S, len(candidates)], which of them each state is without.
+    marks: the edges present after the whole batch, as far as it was foreseen.
+    """
+
+    candidates: list[tuple[int, int]]
+    applied: np.ndarray
+    marks: Marks
+
+    @property
+    def n_states(self) -> int:
+        return self.applied.shape[0]
+
+    def first(self, states: int) -> Batch:
+        """The batch without the states after the first ``states``."""
+        return Batch(self.candidates, self.applied[:states], self.marks)
+
+
+@dataclass
+class Step:
+    """One receiver that changes: from which state on, through which own candidates and which senders."""
+
+    row: int
+    first: int
+    level: Reach
+    removed: list[int] = field(default_factory=list)
+    cut: list[int] = field(default_factory=list)
+    senders: list[int] = field(default_factory=list)
+
+
+def plan(graph: Graph, batch: Batch) -> list[Step]:
+    """The receivers that the batch changes, in order of computation.
+
+    Follows present edges from the candidates' receivers towards the logits (spec: only what R reaches).
+    """
+    n_states = batch.n_states
+    marks, mask = batch.marks, batch.marks.mask
+    since = np.full(len(graph.senders), n_states)  # first state in which a sender differs
+    own: dict[int, list[int]] = {}
+    for index, (row, _) in enumerate(batch.candidates):
+        own.setdefault(row, []).append(index)
+    begins = np.where(batch.applied.any(0), batch.applied.argmax(0), n_states)
+    steps: list[Step] = []
+    finished = marks.finished
+    rows = np.arange(min(own, default=0), len(graph.receivers))
+    rows = rows[finished[rows] | np.isin(rows, list(own))]
+    position = 0
+    while position < len(rows):
+        layer = graph.receivers[rows[position]].layer
+        changed = since < n_states
+        block = [row for row in rows[position:] if graph.receivers[row].layer == layer]
+        position += len(block)
+        attention = np.array([row for row in block if graph.receivers[row].is_attention], dtype=np.int64)
+        others = [row for row in block if not graph.receivers[row].is_attention]
+        hit = (mask[attention, : graph.direct] & changed).any(1) if len(attention) else []
+        for row, is_hit in zip(attention.tolist(), hit, strict=True):
+            if is_hit or row in own:
+                _visit(graph, batch, row, own.get(row, []), begins, since, steps)
+        for row in others:  # the layer's heads may have changed just now
+            if row in own or bool((mask[row, : graph.direct] & (since < n_states)).any()):
+                _visit(graph, batch, row, own.get(row, []), begins, since, steps)
+    return steps
+
+
+def _visit(
+    graph: Graph, batch: Batch, row: int, own: list[int], begins: np.ndarray, since: np.ndarray, steps: list[Step]
+) -> None:
+    """Appends the step of a receiver, and notes from when on its node's output differs."""
+    receiver, marks, n_states = graph.receivers[row], batch.marks, batch.n_states
+    level = Reach.READ if receiver.kind == "logits" else marks.consumers_reach(receiver)
+    senders = np.flatnonzero(marks.mask[row, : graph.direct] & (since < n_states)).tolist()
+    cut = [i for i in own if batch.candidates[i][1] == graph.direct and begins[i] < n_states]
+    removed = [i for i in own if batch.candidates[i][1] != graph.direct and begins[i] < n_states]
+    first = min([int(begins[i]) for i in (*cut, *removed)] + [int(since[s]) for s in senders], default=n_states)
+    if first >= n_states or level == Reach.NOWHERE:
+        return
+    steps.append(Step(row, first, level, removed, cut, senders))
+    if receiver.kind == "mlp":
+        column = mlp_column(graph, receiver.layer)
+        since[column] = min(since[column], first)
+    elif receiver.is_attention:
+        for which, index in projections(graph, receiver):
+            for head in heads_reading(graph, which, index):
+                column = head_column(graph, receiver.layer, head)
+                if marks.reach[column]:
+                    since[column] = min(since[column], first)
+
+
+class BatchPass:
+    """Carries a plan out. ``rows`` keeps what was computed: key -> (first state, values [S - first, …])."""
+
+    def __init__(self, state: State, nodes: Nodes, batch: Batch) -> None:
+        self.state, self.nodes, self.batch = state, nodes, batch
+        self.graph: Graph = state.graph
+        self.rows: dict[Key, tuple[int, Tensor]] = {}
+        self._written: dict[int, tuple[int, Tensor]] = {}
+        self._uses: dict[int, int] = {}
+
+    def run(self, steps: list[Step]) -> tuple[int, Tensor] | None:
+        """-> (first state, final residual stream at the read positions [S - first, B, P, d]), or None if unchanged."""
+        for step in steps:
+            for sender in step.senders:
+                self._uses[sender] = self._uses.get(sender, 0) + 1
+        pending: list[Step] = []
+        for step in steps:
+            receiver = self.graph.receivers[step.row]
+            if pending and (receiver.layer != self.graph.receivers[pending[0].row].layer or not receiver.is_attention):
+                self._heads(pending)
+                pending = []
+            if receiver.is_attention:
+                self._attention_receiver(step)
+                pending.append(step)
+                continue
+            x = self._input(step)
+            if receiver.kind == "logits":
+                return step.first, self.state.spans.at_read(x)
+            self.rows["out", mlp_column(self.graph, receiver.layer), 0] = (
+                step.first,
+                self.nodes.mlp(x, receiver.layer),
+            )
+        if pending:
+            self._heads(pending)
+        return None
+
+    def _input(self, step: Step) -> Tensor:
+        """The receiver's input in the states from ``step.first`` on: [S', B, P, d], kept in ``rows``."""
+        base = self.state.input(step.row, step.level)
+        count = self.batch.n_states - step.first
+        x = base.expand(count, *base.shape).clone()
+        if step.removed:
+            columns = [self.batch.candidates[i][1] for i in step.removed]
+            gaps = torch.stack([self.state.difference(c, step.level).expand_as(base).reshape(-1) for c in columns])
+            applied = torch.from_numpy(self.batch.applied[step.first :][:, step.removed]).to(x)
+            x.view(count, -1).addmm_(applied, gaps, alpha=-1)
+        for sender in step.senders:
+            first, gap = self._change(sender)
+            level = Reach(int(self.batch.marks.reach[sender]))
+            x[first - step.first :] += self.state.spans.narrow(gap, level, step.level)
+            self._uses[sender] -= 1
+            if not self._uses[sender]:
+                self._written.pop(sender, None)
+        self.rows["x", step.row, 0] = (step.first, x)
+        return x
+
+    def _change(self, column: int) -> tuple[int, Tensor]:
+        """(first state, what the sender writes beyond the base state [S', B, P, d]); kept until its last reader."""
+        if column not in self._written:
+            first, value = self.rows["out", column, 0]
+            gap = value - self.state.output(column, Reach(int(self.batch.marks.reach[column])))
+            sender = self.graph.senders[column]
+            if sender.kind == "head":
+                gap = self.nodes.write(gap, sender.layer, sender.index)
+            self._written[column] = (first, gap)
+        return self._written[column]
+
+    def _attention_receiver(self, step: Step) -> None:
+        """q, k or v of one receiver in the states that change it."""
+        receiver = self.graph.receivers[step.row]
+        x = self._input(step) if step.removed or step.senders else None
+        for which, index in projections(self.graph, receiver):
+            level = step.level if which != "q" else self._reach(receiver.layer, index)
+            if not level:
+                continue  # a dead head that shares a joint receiver
+            base = self.state.projected(which, receiver.layer, index, level)
+            if x is None:
+                value = base.expand(self.batch.n_states - step.first, *base.shape).clone()
+            else:
+                narrowed = self.state.spans.narrow(x, step.level, level)
+                value = self.nodes.project(narrowed, which, receiver.layer, index, level)
+            for i in step.cut:
+                states = torch.from_numpy(self.batch.applied[step.first :, i].copy()).to(value.device)
+                value[states] = self.state.fallback(which, receiver.layer, index, level)
+            self.rows[which, receiver.layer, index] = (step.first, value)
+
+    def _reach(self, layer: int, head: int) -> Reach:
+        return Reach(int(self.batch.marks.reach[head_column(self.graph, layer, head)]))
+
+    def _heads(self, steps: list[Step]) -> None:
+        """The outputs of all heads of one layer whose query, key or value changed."""
+        layer = self.graph.receivers[steps[0].row].layer
+        heads = {
+            head
+            for step in steps
+            for which, index in projections(self.graph, self.graph.receivers[step.row])
+            for head in heads_reading(self.graph, which, index)
+        }
+        size = self.graph.config.group_size
+        for head in sorted(heads):
+            level = self._reach(layer, head)
+            if not level:
+                continue
+            group = head // size
+            parts = {"q": head, "k": group, "v": group}
+            first = min(self.rows[w, layer, i][0] for w, i in parts.items() if (w, layer, i) in self.rows)
+            q, k, v = (self._states(which, layer, index, level, first) for which, index in parts.items())
+            prefix = [self.state.clean_prefix(which, layer, group) for which in "kv"]
+            self.rows["out", head_column(self.graph, layer, head), 0] = (
+                first,
+                self.nodes.head(q, k, v, level, *prefix),
+            )
+
+    def _states(self, which: str, layer: int, index: int, level: Reach, first: int) -> Tensor:
+        """q, k or v in the states from ``first`` on [S', B, P, dh]; a leading 1 where all share the base value."""
+        level = level if which == "q" else Reach.ALL
+        base = self.state.projected(which, layer, index, level)
+        if (which, layer, index) not in self.rows:
+            return base[None]
+        begin, value = self.rows[which, layer, index]
+        if begin == first:
+            return value
+        return torch.cat((base.expand(begin - first, *base.shape), value))

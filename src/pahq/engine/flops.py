@@ -1,0 +1,17 @@
+"""Counting the arithmetic of matrix products, by component."""
+
+from __future__ import annotations
+
+
+class Flops:
+    """Floating-point operations (two for each multiply-add) of the products done so far, by component."""
+
+    def __init__(self) -> None:
+        self.by_component: dict[str, int] = {}
+
+    def add(self, component: str, multiply_adds: int) -> None:
+        self.by_component[component] = self.by_component.get(component, 0) + 2 * multiply_adds
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_component.values())

@@ -1,0 +1,119 @@
+"""The current state of a sweep: which values differ from the clean run, and how to get at the rest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pahq.engine.marks import Marks, Reach
+from pahq.engine.nodes import Nodes
+from pahq.engine.reference import Run
+from pahq.engine.spans import Spans
+from pahq.graph import Graph, Receiver
+
+Key = tuple[str, int, int]
+"""("x", row, 0): a receiver's input; ("q", layer, head), ("k" or "v", layer, group); ("out", column, 0)."""
+
+DIFFERENCE_BYTES = 1 << 29
+"""Memory for sender differences kept at all positions; the least recently used go first."""
+
+
+class State:
+    """Values of the base state: those that differ from the clean run are stored, the others are views of it.
+
+    Shapes: receiver inputs and MLP outputs [B, P, d], heads before W_O [B, P, dh], at the positions
+    of their reach; queries likewise; keys and values [B, stop - start, dh].
+    """
+
+    def __init__(self, graph: Graph, clean: Run, reference: Run, spans: Spans, nodes: Nodes) -> None:
+        self.graph, self.clean, self.reference, self.spans, self.nodes = graph, clean, reference, spans, nodes
+        self.changed: dict[Key, Tensor] = {}
+        self._prefix: dict[Key, Tensor] = {}
+        self._clean: dict[tuple[str, int, int, Reach], Tensor] = {}
+        self._differences: dict[tuple[int, Reach], Tensor] = {}
+        self._bytes = 0
+
+    def input(self, row: int, level: Reach) -> Tensor:
+        """A receiver's input in the base state: [B, P, d]."""
+        stored = self.changed.get(("x", row, 0))
+        return self.spans.take(self.clean.receiver(self.graph.receivers[row]), level) if stored is None else stored
+
+    def projected(self, which: str, layer: int, index: int, level: Reach) -> Tensor:
+        """q, k or v in the base state, turned by its positions: [B, P, dh]; ``level`` ALL for k and v."""
+        stored = self.changed.get((which, layer, index))
+        if stored is not None:
+            return stored
+        key = (which, layer, index, level)  # a guess about the future may ask for another reach than the truth
+        if key not in self._clean:
+            self._clean[key] = self._turned(self.clean, which, layer, index, level)
+        return self._clean[key]
+
+    def fallback(self, which: str, layer: int, index: int, level: Reach) -> Tensor:
+        """q, k or v of the reference run, which a cut direct edge puts in place: [B or 1, P, dh]."""
+        return self._turned(self.reference, which, layer, index, level)
+
+    def _turned(self, run: Run, which: str, layer: int, index: int, level: Reach) -> Tensor:
+        return self.nodes.rotate(self.spans.take(run.projected(which, layer, index), level), which, level)
+
+    def clean_prefix(self, which: str, layer: int, index: int) -> Tensor:
+        """Keys or values of the positions before ``start``, the same in all states: [B, start, dh]."""
+        key = (which, layer, index)
+        if key not in self._prefix:
+            value = self.clean.projected(which, layer, index)[:, : self.spans.start]
+            if which == "k":
+                value = self.nodes.model.rotate(value, torch.arange(self.spans.start, device=value.device))
+            self._prefix[key] = value
+        return self._prefix[key]
+
+    def output(self, column: int, level: Reach) -> Tensor:
+        """A sender's value in the base state: [B, P, d], [B, P, dh] for a head."""
+        stored = self.changed.get(("out", column, 0))
+        return self.spans.take(self.clean.sender(self.graph.senders[column]), level) if stored is None else stored
+
+    def difference(self, column: int, level: Reach) -> Tensor:
+        """What removing an edge from an untouched sender takes away: (clean - reference) [B, P, d]."""
+        key = (column, level)
+        found = self._differences.pop(key, None)
+        if found is None:
+            sender = self.graph.senders[column]
+            found = self.spans.take(self.clean.sender(sender), level)
+            found = found - self.spans.take(self.reference.sender(sender), level)
+            if sender.kind == "head":
+                found = self.nodes.write(found, sender.layer, sender.index)
+            self._bytes += found.nbytes
+            while self._bytes > DIFFERENCE_BYTES and self._differences:
+                oldest = next(iter(self._differences))
+                self._bytes -= self._differences.pop(oldest).nbytes
+        self._differences[key] = found
+        return found
+
+    def patched_input(self, row: int, marks: Marks, level: Reach) -> Tensor:
+        """A receiver's input afresh: reference + sum over present edges of (sender now - sender in reference)."""
+        receiver, spans = self.graph.receivers[row], self.spans
+        x = spans.take(self.reference.receiver(receiver), level)
+        x = x.expand(self.spans.read.shape[0], -1, -1).clone()
+        present = marks.mask[row, : self.graph.direct].nonzero()[0].tolist()
+        for column in present:
+            sender = self.graph.senders[column]
+            if ("out", column, 0) not in self.changed:
+                x += self.difference(column, level)
+                continue
+            now = spans.narrow(
+                self.output(column, Reach(int(marks.reach[column]))), Reach(int(marks.reach[column])), level
+            )
+            gap = now - spans.take(self.reference.sender(sender), level)
+            x += self.nodes.write(gap, sender.layer, sender.index) if sender.kind == "head" else gap
+        return x
+
+
+def projections(graph: Graph, receiver: Receiver) -> list[tuple[str, int]]:
+    """What an attention receiver's input is turned into: [("q", head)], [("k", group)], … or all three for qkv."""
+    if receiver.kind != "qkv":
+        return [(receiver.kind, receiver.index)]
+    return [("k", receiver.index), ("v", receiver.index), *(("q", head) for head in graph.heads_of(receiver))]
+
+
+def heads_reading(graph: Graph, which: str, index: int) -> range:
+    """The heads of a layer that use a query, or a group's key or value."""
+    size = graph.config.group_size
+    return range(index, index + 1) if which == "q" else range(index * size, (index + 1) * size)
