@@ -135,7 +135,7 @@ def shapes(cfg: ModelConfig) -> dict[str, tuple[tuple[int, ...], bool]]:
         table["pos_embed.W_pos"] = ((cfg.n_ctx, d), True)
     if cfg.positions == "rotary":
         table["rotary.inv_freq"] = ((cfg.rotary_dim // 2,), True)
-    norms = [] if cfg.norm == "none" else ["w", "b"]
+    norms = {"none": "", "rms": "w", "layer": "wb"}[cfg.norm]  # RMSNorm has no bias
     for layer in range(cfg.n_layers):
         at = f"blocks.{layer}.attn"
         table |= {f"{at}.W_Q": ((heads, d, dh), True), f"{at}.W_O": ((heads, dh, d), True)}
