@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from pahq.graph import Graph, Receiver, Sender
+from pahq.method.acdc import HeadOrder, SenderOrder
 from pahq.model.config import ModelConfig
 from pahq.model.transformer import Transformer, build
 from pahq.task.prompts import Prompts
@@ -42,7 +43,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Case:
-    """One recorded run."""
+    """One recorded run. The recorded options are turned into ours by the properties."""
 
     name: str
     model: Transformer
@@ -57,12 +58,12 @@ class Case:
     final_metric: float
 
     @property
-    def head_order(self) -> str:
-        return {"normal": "descending", "reverse": "ascending"}[self.options["indices_mode"]]
+    def head_order(self) -> HeadOrder:
+        return "descending" if mode(self.options["indices_mode"]) == "normal" else "ascending"
 
     @property
-    def sender_order(self) -> str:
-        return {"normal": "latest", "reverse": "earliest"}[self.options["names_mode"]]
+    def sender_order(self) -> SenderOrder:
+        return "latest" if mode(self.options["names_mode"]) == "normal" else "earliest"
 
     @property
     def ablation(self) -> str:
@@ -71,6 +72,12 @@ class Case:
     @property
     def absolute(self) -> bool:
         return self.options["abs_value_threshold"]
+
+
+def mode(value: str) -> str:
+    if value not in ("normal", "reverse"):
+        raise ValueError(f"golden case: order '{value}' is unknown")
+    return value
 
 
 def model_config(raw: dict[str, Any], name: str) -> ModelConfig:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pahq.graph import Graph
+from pahq.method.acdc import HeadOrder, SenderOrder
 from pahq.model.config import Activation, ModelConfig, Positions
 from pahq.model.transformer import Transformer, build, shapes
 from pahq.task.prompts import Prompts
@@ -32,8 +33,8 @@ class Case:
     ablation: str
     fraction: float
     absolute: bool
-    head_order: str
-    sender_order: str
+    head_order: HeadOrder
+    sender_order: SenderOrder
     seed: int = field(default=0)
 
     def __repr__(self) -> str:

@@ -1,0 +1,153 @@
+"""ACDC over the engine against ACDC over the oracle, on random models of every architecture feature.
+
+In double precision every decision and effect has to agree. In single precision decisions whose effect is
+within noise of the threshold are counted apart: there the two may part ways, and are compared no further.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+
+import oracle
+from pahq.method.acdc import Acdc, AcdcOptions, AcdcResult, Decision
+from random_models import Case, cases, drawn
+
+CASES_DOUBLE, CASES_SINGLE = 220, 40
+
+
+@dataclass
+class Tally:
+    """What was compared in one run of the tests."""
+
+    cases: int = 0
+    decisions: int = 0
+    kept: int = 0
+    wasted: int = 0
+    within_noise: int = 0
+    features: Counter[str] = field(default_factory=Counter)
+
+
+def threshold_for(case: Case) -> float:
+    """A part of the change of the metric when everything is ablated, but nothing that is lost in rounding."""
+    graph, model, prompts = case.graph, case.model, case.prompts
+    nothing = np.zeros(graph.shape, dtype=bool)
+    clean = oracle.forward(model, graph, prompts.clean).logits
+    ablated = oracle.circuit_logits(model, prompts, graph, nothing, case.ablation, set(graph.receivers))
+    values = [oracle.metric_value(case.metric, logits, clean, prompts) for logits in (clean, ablated)]
+    # an odd number: effects such as 0 or a whole difference of two logits must not fall on the threshold
+    return max(case.fraction * abs(values[1] - values[0]), 1e-4) * 1.000123
+
+
+def both(case: Case, threshold: float, max_states: int) -> tuple[oracle.Sweep, AcdcResult]:
+    graph = case.graph
+    expected = oracle.acdc(
+        case.model,
+        case.prompts,
+        graph,
+        threshold,
+        case.metric,
+        case.ablation,
+        case.absolute,
+        case.head_order,
+        case.sender_order,
+    )
+    options = AcdcOptions(
+        threshold=threshold,
+        metric=case.metric,
+        ablation=case.ablation,
+        absolute=case.absolute,
+        head_order=case.head_order,
+        sender_order=case.sender_order,
+        **graph.options(),
+    )
+    return expected, Acdc(case.model, case.prompts, options, max_states=max_states).run()
+
+
+def compare(decisions: list[Decision], expected: list[oracle.Step], atol: float) -> None:
+    assert [(d.row, d.column, d.kept) for d in decisions] == [(e.row, e.column, e.kept) for e in expected]
+    assert [d.order for d in decisions] == list(range(len(expected)))
+    for name in ("before", "after", "effect"):
+        ours, theirs = ([getattr(d, name) for d in steps] for steps in (decisions, expected))
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol, err_msg=name)
+
+
+def features_of(case: Case) -> set[str]:
+    cfg, graph, prompts = case.model.config, case.graph, case.prompts
+    flags = {
+        "attention-only": not cfg.d_mlp,
+        "grouped": cfg.group_size > 1,
+        "gated": cfg.gated and cfg.d_mlp > 0,
+        "parallel": cfg.parallel and cfg.d_mlp > 0,
+        "bidirectional": not cfg.causal,
+        "qk_norm": cfg.qk_norm,
+        "window": cfg.window is not None,
+        "split_pos": graph.split_pos,
+        "joint qkv": not graph.split_qkv,
+        "no direct edges": not graph.direct_edges,
+        "absolute": case.absolute,
+        "padded": prompts.pad is not None,
+        "several positions": prompts.read.shape[1] > 1,
+        "common prefix": bool((prompts.clean == prompts.corrupt)[:, 0].all()),
+    }
+    named = {cfg.positions + " positions", cfg.norm + " norm", "act " + cfg.act, case.metric, case.ablation}
+    return named | {case.head_order, case.sender_order} | {name for name, on in flags.items() if on}
+
+
+def test_double_precision(capsys: pytest.CaptureFixture[str]) -> None:
+    tally = Tally()
+
+    @drawn(CASES_DOUBLE)
+    @given(case=cases())
+    def run(case: Case) -> None:
+        max_states = 1 + case.seed % 24  # short and long batches
+        expected, result = both(case, threshold_for(case), max_states)
+        compare(result.decisions, expected.decisions, atol=1e-8)
+        assert np.array_equal(result.mask, expected.mask)
+        assert np.array_equal(result.order, expected.order)
+        np.testing.assert_allclose(result.effects, expected.effects, rtol=0, atol=1e-8)
+        assert result.metric == pytest.approx(expected.metric, abs=1e-8)
+        tally.cases += 1
+        tally.decisions += len(expected.decisions)
+        tally.kept += sum(d.kept for d in expected.decisions)
+        tally.wasted += result.stats["wasted"]
+        tally.features.update(features_of(case))
+
+    run()
+    with capsys.disabled():
+        print(f"\nengine against oracle: {tally.decisions} of {tally.decisions} decisions agree in {tally.cases} cases")
+    assert tally.cases >= 200
+    assert 0.05 < tally.kept / tally.decisions < 0.95  # not trivial
+    assert tally.wasted  # wrong guesses came up, and were mended
+    assert len(tally.features) == 7 + 4 + 3 + 8 + 3 + 4 + 14, sorted(tally.features)
+    assert min(tally.features.values()) >= 5, tally.features.most_common()[-3:]
+
+
+def test_single_precision(capsys: pytest.CaptureFixture[str]) -> None:
+    tally, noise = Tally(), 1e-4
+
+    @drawn(CASES_SINGLE)
+    @given(case=cases(torch.float32))
+    def run(case: Case) -> None:
+        threshold = threshold_for(case)
+        expected, result = both(case, threshold, 64)
+        sizes = [abs(d.effect) if case.absolute else d.effect for d in expected.decisions]
+        close = [abs(size - threshold) < noise for size in sizes]
+        first = close.index(True) if True in close else len(close)
+        compare(result.decisions[:first], expected.decisions[:first], atol=noise)
+        tally.cases += 1
+        tally.decisions += first
+        tally.within_noise += first < len(close)
+
+    run()
+    with capsys.disabled():
+        print(
+            f"\nengine against oracle, single precision: {tally.decisions} decisions agree in {tally.cases} cases; "
+            f"{tally.within_noise} cases end early at an effect within {noise:g} of the threshold"
+        )
+    assert tally.decisions > 10 * CASES_SINGLE
