@@ -1,0 +1,322 @@
+"""Finding a circuit from start to finish: what ``pahq discover`` and ``pahq.discover`` both call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
+from dataclasses import replace
+from datetime import UTC, datetime
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from pahq.errors import PahqError
+from pahq.evaluation.behaviour import behaviour
+from pahq.evaluation.circuit import Circuit
+from pahq.files import read_json, write_json
+from pahq.graph import Graph
+from pahq.method.acdc import Acdc, AcdcOptions, AcdcResult, Decision, Progress
+from pahq.model import Transformer, load_model
+from pahq.report import identity, machine
+from pahq.report.config import RunConfig
+from pahq.report.folder import RUN_FILE, RunFolder
+from pahq.report.journal import JOURNAL_FILE, Journal
+from pahq.report.journal import cut as cut_journal
+from pahq.report.journal import read as read_journal
+from pahq.report.progress import Watch, watch_for
+from pahq.task import Task, get_task
+from pahq.task.metrics import metric_class
+from pahq.task.prompts import Prompts
+
+OBJECT = "object:"
+"""Marks a model or task in a record that was given as a Python object, not by name."""
+
+
+class Outcome(NamedTuple):
+    """A circuit, the record of its run (as in ``run.json``), and whether it was finished before."""
+
+    circuit: Circuit
+    record: dict[str, Any]
+    was_finished: bool
+
+
+def discover(
+    model: Any,
+    task: str | Task,
+    threshold: float,
+    *,
+    out: str | PathLike[str] | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Circuit:
+    """Finds a circuit and returns it.
+
+    model: whatever ``load_model`` takes: a name, folder or file, a ``transformers`` or TransformerLens
+        model, or a ``Transformer``. task: a name, a prompt file, or a ``Task``.
+    threshold: an edge goes if cutting it raises the metric by less than this (in the metric's units).
+    out: folder for the run's files; a run that was cut short there goes on, a finished one is loaded.
+    progress: show a bar (or a line now and then) on standard error.
+    options: the other fields of ``RunConfig``: method, metric, n, seed, ablation, absolute, head_order,
+        sender_order, split_qkv, direct_edges, split_pos, fold_ln, center_writing, center_unembed, pad,
+        device, dtype.
+    Raises PahqError for bad input. Source: Conmy et al. 2023, section 3.
+    """
+    model_name = model if isinstance(model, str) else f"{OBJECT}{type(model).__name__}"
+    if isinstance(model, PathLike):
+        model = model_name = str(model)
+    task_name = task if isinstance(task, str) else f"{OBJECT}{task.name}"
+    try:
+        config = RunConfig(model=model_name, task=task_name, threshold=threshold, **options)
+    except TypeError as error:
+        raise PahqError(f"discover: {error}; see the options of RunConfig") from None
+    watch = watch_for(quiet=not progress)
+    return execute(config, out, model=model, task=task, watch=watch).circuit
+
+
+def execute(
+    config: RunConfig,
+    out: str | PathLike[str] | None,
+    *,
+    model: Any = None,
+    task: str | Task | None = None,
+    watch: Watch | None = None,
+    command: Sequence[str] | None = None,
+) -> Outcome:
+    """Runs, resumes or loads the run that ``config`` describes.
+
+    out: its folder, None to write nothing. model, task: objects in place of the names in ``config``.
+    command: the words typed, for the record. Raises PahqError for bad input.
+    """
+    watch = Watch() if watch is None else watch
+    model = config.model if model is None else model
+    prompts_of = task if isinstance(task, Task) else get_task(config.task, **({"pad": True} if config.pad else {}))
+    config = replace(_absolute(config), metric=_metric(config.metric, prompts_of))
+    with nullcontext() if out is None else RunFolder(out) as folder:
+        if folder is not None:
+            folder.check(config)
+            if folder.finished:
+                return Outcome(Circuit.load(folder.path), read_json(folder.path / RUN_FILE), True)
+        return _Run(config, folder, watch).finish(model, prompts_of, command)
+
+
+def resume(out: str | PathLike[str], *, watch: Watch | None = None, command: Sequence[str] | None = None) -> Outcome:
+    """Goes on with the run in ``out``, or loads it if it is finished; raises PahqError if none is there."""
+    if not Path(out).is_dir():
+        raise PahqError(f"{out}: there is no such folder; give the --out of the run to go on with")
+    with RunFolder(out, create=False) as folder:
+        config = folder.config()
+    assert config is not None
+    for what in (config.model, config.task):
+        if what.startswith(OBJECT):
+            raise PahqError(
+                f"{out}: the run was started from Python with a {what.removeprefix(OBJECT)} object; "
+                "call pahq.discover with that object and the same out to go on"
+            )
+    return execute(config, out, watch=watch, command=command)
+
+
+class _Run:
+    """The course of one run in this process."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder | None, watch: Watch) -> None:
+        self.config, self.folder, self.watch = config, folder, watch
+        self.began, self.started = time.perf_counter(), _now()
+        self.earlier = 0.0  # seconds that earlier processes gave to this run
+
+    def finish(self, model: Any, task: Task, command: Sequence[str] | None) -> Outcome:
+        """Loads, searches, measures and writes."""
+        config, watch = self.config, self.watch
+        words = (
+            list(command) if command is not None else [config.command(str(self.folder.path) if self.folder else None)]
+        )
+        transformer = _load(model, config, watch)
+        prompts = task.prompts(transformer, config.n, config.seed, "validation")
+        held_out, no_test = _held_out(task, transformer, config)
+        fingerprints = {"weights": identity.of_model(transformer), "prompts": identity.of_prompts(prompts)}
+        self.facts = {
+            "versions": machine.versions(),
+            "commit": machine.commit(),
+            "machine": machine.describe(transformer.device),
+            "source": dict(transformer.source),
+        }
+        if self.folder is not None:
+            record = self.folder.begin(config, fingerprints, {"command": words, "started": self.started, **self.facts})
+            self._compare_machines(record)
+            self.started = record.get("started", self.started)
+        result, spent = self._search(transformer, prompts)
+        watch.say("measuring the circuit …")
+        circuit = Circuit(result.graph, result.mask, result.effects, result.order)
+        figures: dict[str, Any] = {"final_metric": result.metric}
+        assert config.metric is not None
+        figures["validation"] = behaviour(transformer, circuit, task, prompts, config.metric, config.ablation)
+        figures["test"] = (
+            {"missing": no_test}
+            if held_out is None
+            else behaviour(transformer, circuit, task, held_out, config.metric, config.ablation)
+        )
+        circuit.metadata.update({"config": config.to_dict(), "figures": figures})
+        record = {
+            "command": words,
+            "config": config.to_dict(),
+            "precision": {"float32": "fp32", "float64": "fp64"}[config.dtype],
+            "identity": fingerprints,
+            **self.facts,
+            "started": self.started,
+            "finished": _now(),
+            "search": _search_figures(spent, result, transformer),
+            "peak_memory": machine.peak_memory(transformer.device),
+            "total_seconds": self.earlier + time.perf_counter() - self.began,
+        }
+        if self.folder is not None:
+            circuit.save(self.folder.path)
+            write_json(self.folder.path / RUN_FILE, record)  # last: its presence says that the run is finished
+        return Outcome(circuit, record, False)
+
+    def _search(self, model: Transformer, prompts: Prompts) -> tuple[AcdcResult, dict[str, Any]]:
+        """The sweep, journalled where there is a folder. Also the work of all processes that took part."""
+        c = self.config
+        graph = Graph(model.config, c.split_qkv, c.direct_edges, c.split_pos)
+        decisions: list[Decision] = []
+        before: dict[str, Any] = {}
+        path = None if self.folder is None else self.folder.path / JOURNAL_FILE
+        if path is not None and path.exists():
+            decisions, before = read_journal(path)
+            self._check_places(decisions, graph)
+            self.earlier = before.get("total_seconds", 0.0)
+            before["resumes"] = before.get("resumes", 0) + 1
+            cut_journal(path, decisions, before, graph.edge_name)
+            self.watch.say(f"going on after {len(decisions):,} decisions")
+        acdc = Acdc(model, prompts, _options(c))
+        start = time.perf_counter()
+
+        def spent(states: int, wasted: int) -> dict[str, Any]:
+            flops = dict(before.get("flops", {}))
+            for component, count in acdc.engine.flops.by_component.items():
+                flops[component] = flops.get(component, 0) + count
+            return {
+                "seconds": before.get("seconds", 0.0) + time.perf_counter() - start,
+                "total_seconds": self.earlier + time.perf_counter() - self.began,
+                "states": before.get("states", 0) + states,
+                "wasted": before.get("wasted", 0) + wasted,
+                "resumes": before.get("resumes", 0),
+                "flops": flops,
+            }
+
+        with nullcontext() if path is None else closing(Journal(path, graph.edge_name)) as journal:
+
+            def on_batch(progress: Progress) -> None:
+                if journal is not None:
+                    journal.append(progress.decisions, spent(progress.states, progress.wasted))
+                self.watch.update(progress)
+
+            self.watch.begin(acdc.options.metric, len(decisions))
+            try:
+                result = acdc.run(decisions, on_batch)
+            finally:
+                self.watch.end()
+        return result, spent(result.stats["states"], result.stats["wasted"])
+
+    def _check_places(self, decisions: Sequence[Decision], graph: Graph) -> None:
+        for decision in decisions:
+            inside = 0 <= decision.row < graph.shape[0] and 0 <= decision.column < graph.shape[1]
+            if not inside or not graph.edges[decision.row, decision.column]:
+                assert self.folder is not None
+                raise PahqError(
+                    f"{self.folder.path / JOURNAL_FILE}: decision {decision.order} is about no edge of "
+                    f"{graph.config.name}; the journal is damaged, start the run anew in another folder"
+                )
+
+    def _compare_machines(self, record: dict[str, Any]) -> None:
+        """Says so where a resumed run goes on with other software or threads, which can move a close decision."""
+        for what in ("versions", "machine"):
+            for name, now in self.facts[what].items():
+                then = record.get(what, {}).get(name)
+                if name in ("torch", "cpu", "threads", "device", "gpu") and then != now:
+                    self.watch.say(
+                        f"note: this run began with {name} {then}, now it is {now}; sums may round otherwise"
+                    )
+
+
+def _options(c: RunConfig) -> AcdcOptions:
+    assert c.metric is not None
+    names = ("absolute", "ablation", "head_order", "sender_order", "split_qkv", "direct_edges", "split_pos")
+    return AcdcOptions(threshold=c.threshold, metric=c.metric, **{name: getattr(c, name) for name in names})
+
+
+def _load(model: Any, config: RunConfig, watch: Watch) -> Transformer:
+    """The model in the configuration's type on its device; raises PahqError for a device that is not there."""
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise PahqError(f"device: '{config.device}' cannot be used ({reason}); take cpu") from error
+    dtype = {"float32": torch.float32, "float64": torch.float64}[config.dtype]
+    if isinstance(model, Transformer):
+        for option in ("fold_ln", "center_writing", "center_unembed"):
+            if getattr(config, option):
+                raise PahqError(f"{option}: the model is loaded already; give the option to load_model instead")
+        return model.to(config.device, dtype)
+    watch.say(f"loading {config.model} …")
+    return load_model(
+        model,
+        device=config.device,
+        dtype=dtype,
+        fold_ln=config.fold_ln,
+        center_writing=config.center_writing,
+        center_unembed=config.center_unembed,
+    )
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """Files and folders by their whole path, so that a run can be resumed from anywhere."""
+    paths = {}
+    for name in ("model", "task"):
+        spec = getattr(config, name)
+        # A plain word is a model's or task's name, even where a folder happens to be called the same.
+        if ("/" in spec or "." in spec) and Path(spec).exists():
+            paths[name] = str(Path(spec).resolve())
+    return replace(config, **paths)
+
+
+def _metric(asked: str | None, task: Task) -> str:
+    """The metric's name; raises PahqError for one that is unknown or does not fit the task."""
+    if asked is None:
+        return task.default_metric
+    metric_class(asked)
+    if asked.partition(":")[0] not in task.metrics:
+        raise PahqError(f"metric '{asked}' does not fit task {task.name}; choose one of {', '.join(task.metrics)}")
+    return asked
+
+
+def _held_out(task: Task, model: Transformer, config: RunConfig) -> tuple[Prompts | None, str]:
+    """As many test prompts as were asked for, or the reason why there are none."""
+    try:
+        return task.prompts(model, config.n, config.seed, "test"), ""
+    except PahqError as error:
+        return None, str(error)
+
+
+def _search_figures(spent: dict[str, Any], result: AcdcResult, model: Transformer) -> dict[str, Any]:
+    total = sum(spent["flops"].values())
+    peak = machine.gemm_peak(model.device, model.dtype)
+    rate = total / spent["seconds"] if spent["seconds"] else 0.0
+    return {
+        "tests": result.stats["tests"],
+        "states": spent["states"],
+        "wasted": spent["wasted"],
+        "batches": result.stats["batches"],
+        "seconds": spent["seconds"],
+        "resumes": spent["resumes"],
+        "flops": spent["flops"],
+        "flops_total": total,
+        "flops_per_second": rate,
+        "peak_flops_per_second": peak,
+        "share_of_peak": rate / peak,
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,61 @@
+"""How well a circuit does its task, beside the full model and the model on corrupted prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pahq.engine.full import patched_logits
+from pahq.evaluation.circuit import Circuit
+from pahq.model.transformer import Transformer
+from pahq.task.base import Task
+from pahq.task.metrics import get_metric
+from pahq.task.prompts import Prompts
+from pahq.task.score import logit_difference, read_logits
+
+
+class LogitsReadout:
+    """Answers a metric's questions from one state's logits [N, P, V]."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self._logits = logits[None]
+
+    def select(self, ids: Tensor) -> Tensor:
+        return self._logits.gather(-1, ids.clamp(min=0)[None])
+
+    def expect(self, probabilities: Tensor) -> Tensor:
+        return (self._logits.to(probabilities) * probabilities).sum(-1)
+
+    def logsumexp(self) -> Tensor:
+        return torch.logsumexp(self._logits.double(), dim=-1)
+
+    def logits(self) -> Tensor:
+        return self._logits
+
+
+@torch.no_grad()
+def behaviour(
+    model: Transformer, circuit: Circuit, task: Task, prompts: Prompts, metric: str, ablation: str
+) -> dict[str, Any]:
+    """JSON-ready figures of the full model, of the circuit, and of the full model on the corrupted prompts.
+
+    For each: ``metric`` (as minimised), ``accuracy`` (share of examples where a right answer wins) and
+    ``logit_difference`` (right minus wrong); the last two are None for prompts without answers.
+    """
+    logits = {
+        "full": read_logits(model, prompts, "clean"),
+        "circuit": patched_logits(model, prompts, circuit.graph, circuit.mask, ablation),
+        "corrupted": read_logits(model, prompts, "corrupt"),
+    }
+    measure = get_metric(metric, prompts, logits["full"])
+    answered = bool(((prompts.answers >= 0).any(-1) | ~prompts.read_mask).all())
+    figures: dict[str, Any] = {"prompts": len(prompts)}
+    for name, value in logits.items():
+        figures[name] = {
+            "metric": float(measure(LogitsReadout(value))[0]),
+            "accuracy": task.accuracy(value, prompts) if answered else None,
+            "logit_difference": logit_difference(value, prompts) if answered else None,
+        }
+    return figures

@@ -1,0 +1,127 @@
+"""The journal of a run: one JSON line a decision, appended as decisions are taken.
+
+Lines are handed to the operating system after every batch, so a killed process loses at most the
+batch it was computing, and the line that it was writing. Floats are written in full (``repr``), so
+that they read back bit for bit. A line with ``spent`` records the work done so far.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pahq.errors import PahqError
+from pahq.files import naming, write_atomic
+from pahq.method.acdc import Decision
+
+JOURNAL_FILE = "journal.jsonl"
+_NUMBERS: dict[str, tuple[type, ...]] = {
+    "order": (int,),
+    "row": (int,),
+    "column": (int,),
+    "before": (int, float),
+    "after": (int, float),
+    "kept": (bool,),
+    "checkpoint": (bool,),
+}
+
+
+def to_line(decision: Decision, name: str) -> str:
+    """A decision as a JSON line, the edge's name first for the human reader."""
+    facts = {
+        "edge": name,
+        "order": decision.order,
+        "row": decision.row,
+        "column": decision.column,
+        "before": decision.before,
+        "after": decision.after,
+        "kept": decision.kept,
+        "checkpoint": decision.checkpoint,
+    }
+    return json.dumps(facts) + "\n"
+
+
+class Journal:
+    """Appends decisions to ``path``. Open it with ``Journal.resume`` or ``Journal.start``.
+
+    edge_name: (row, column) -> the edge's readable name.
+    """
+
+    def __init__(self, path: Path, edge_name: Callable[[int, int], str]) -> None:
+        self.path, self.edge_name = path, edge_name
+        with naming(path):
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115  (held for the length of the run)
+
+    def append(self, decisions: Sequence[Decision], spent: dict[str, Any]) -> None:
+        """Writes a batch of decisions and the work spent so far; raises PahqError where the disk refuses."""
+        lines = [to_line(decision, self.edge_name(decision.row, decision.column)) for decision in decisions]
+        data = memoryview(("".join(lines) + json.dumps({"spent": spent}) + "\n").encode())
+        with naming(self.path):
+            while data:  # a raw write may take only a part, when the disk fills up for instance
+                data = data[self._file.write(data) or 0 :]
+
+    def close(self) -> None:
+        """Closes the file, after asking the disk to keep it."""
+        with naming(self.path):
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> tuple[list[Decision], dict[str, Any]]:
+    """The decisions in ``path`` up to the last checkpoint, and the work spent on everything in it.
+
+    A torn last line is dropped. Raises PahqError for damage anywhere else, naming the line.
+    """
+    decisions: list[Decision] = []
+    spent: dict[str, Any] = {}
+    if not path.exists():
+        return decisions, spent
+    with naming(path):
+        lines = path.read_bytes().split(b"\n")
+    whole, torn = lines[:-1], lines[-1]  # a whole line ends in a newline, so the rest after the last one is torn
+    del torn
+    for number, line in enumerate(whole, start=1):
+        facts = _parse(line)
+        if facts is not None and isinstance(facts.get("spent"), dict):
+            spent = facts["spent"]
+            continue
+        decision = None if facts is None else _decision(facts)
+        if decision is None or decision.order != len(decisions):
+            if number == len(whole):  # the newline got to the disk, the text before it did not
+                break
+            raise PahqError(f"{path}: line {number} is damaged; start the run anew in another folder")
+        decisions.append(decision)
+    while decisions and not decisions[-1].checkpoint:
+        decisions.pop()
+    return decisions, spent
+
+
+def cut(path: Path, decisions: Sequence[Decision], spent: dict[str, Any], edge_name: Callable[[int, int], str]) -> None:
+    """Rewrites ``path`` at once so that it holds exactly ``decisions`` and the work spent."""
+    lines = [to_line(decision, edge_name(decision.row, decision.column)) for decision in decisions]
+    write_atomic(path, ("".join(lines) + (json.dumps({"spent": spent}) + "\n" if spent else "")).encode())
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        facts = json.loads(line)
+    except ValueError:
+        return None
+    return facts if isinstance(facts, dict) else None
+
+
+def _decision(facts: dict[str, Any]) -> Decision | None:
+    """None where a field is missing or of the wrong type (``True`` is no number here)."""
+    for name, types in _NUMBERS.items():
+        if type(facts.get(name)) not in types:
+            return None
+    return Decision(**{name: facts[name] for name in _NUMBERS})

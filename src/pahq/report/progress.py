@@ -1,0 +1,127 @@
+"""What a person sees while a run goes on: a live bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from pahq.method.acdc import Progress
+
+PLAIN_INTERVAL = 15.0
+"""Seconds between two lines where nobody watches a terminal."""
+
+
+class Watch:
+    """Told about a run's course. This one keeps silent; the others print to a stream, never to stdout."""
+
+    def say(self, text: str) -> None:
+        """One line of news."""
+
+    def begin(self, metric: str, resumed: int = 0) -> None:
+        """The search starts, ``resumed`` decisions of an earlier process being known already."""
+
+    def update(self, progress: Progress) -> None:
+        """A batch of decisions was taken."""
+
+    def end(self) -> None:
+        """The search is over, for good or ill."""
+
+
+def watch_for(stream: TextIO | None = None, quiet: bool = False) -> Watch:
+    """The fitting kind of watch for ``stream`` (standard error by default)."""
+    stream = sys.stderr if stream is None else stream
+    if quiet or stream is None:  # a process without a console has no standard error
+        return Watch()
+    return LiveWatch(stream) if stream.isatty() else PlainWatch(stream)
+
+
+class _Clock:
+    """Estimates the time left from the edges done in this process and an upper bound on those left."""
+
+    def __init__(self, resumed: int) -> None:
+        self.start, self.resumed = time.monotonic(), resumed
+
+    def left(self, progress: Progress) -> float | None:
+        """Seconds, None as long as too little is known."""
+        elapsed, done = time.monotonic() - self.start, progress.tested - self.resumed
+        return None if elapsed < 1 or done < 1 else elapsed / done * progress.edges_left
+
+
+def as_time(seconds: float | None) -> str:
+    """90 -> '1:30', None -> '-:--'."""
+    if seconds is None:
+        return "-:--"
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class PlainWatch(Watch):
+    """Plain lines, one every ``interval`` seconds at most."""
+
+    def __init__(self, stream: TextIO, interval: float = PLAIN_INTERVAL) -> None:
+        self.stream, self.interval = stream, interval
+
+    def say(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)
+
+    def begin(self, metric: str, resumed: int = 0) -> None:
+        self.metric, self.clock, self.last = metric, _Clock(resumed), time.monotonic()
+
+    def update(self, progress: Progress) -> None:
+        if time.monotonic() - self.last < self.interval:
+            return
+        self.last = time.monotonic()
+        self.say(
+            f"{progress.tested:,} edges tested, {progress.kept:,} kept, {self.metric} {progress.metric:.4f}, "
+            f"at most {as_time(self.clock.left(progress))} left"
+        )
+
+
+class LiveWatch(Watch):
+    """A bar with edges tested, kept, the current metric and the time left."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+
+        self.console = Console(file=stream)
+        self.bar: Any = None
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    def begin(self, metric: str, resumed: int = 0) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self.clock = _Clock(resumed)
+        self.bar = Progress(
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[tested]:,} tested"),
+            TextColumn("{task.fields[kept]:,} kept"),
+            TextColumn(metric.replace("[", r"\[") + " {task.fields[metric]:.4f}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]} left"),
+            console=self.console,
+            transient=True,
+            refresh_per_second=5,
+        )
+        self.task = self.bar.add_task("search", total=None, tested=resumed, kept=0, metric=0.0, left=as_time(None))
+        self.bar.start()
+
+    def update(self, progress: Progress) -> None:
+        self.bar.update(
+            self.task,
+            completed=progress.tested,
+            total=progress.tested + progress.edges_left,
+            tested=progress.tested,
+            kept=progress.kept,
+            metric=progress.metric,
+            left=as_time(self.clock.left(progress)),
+        )
+
+    def end(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

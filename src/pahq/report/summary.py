@@ -1,0 +1,99 @@
+"""A finished run on one screen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from pahq.evaluation.circuit import Circuit
+from pahq.report.progress import as_time
+
+
+def show(circuit: Circuit, record: dict[str, Any], console: Console | None = None) -> None:
+    """Prints size, behaviour, work done and the ten largest edges to ``console`` (standard output by default)."""
+    console = Console() if console is None else console
+    console.print(summary(circuit, record), highlight=False)
+
+
+def summary(circuit: Circuit, record: dict[str, Any]) -> RenderableType:
+    """The screen as a rich renderable. ``record``: the content of ``run.json``."""
+    config = record["config"]
+    title = Text(
+        f"{config['method']} · {config['model']} · {config['task']} · {config['metric']} · "
+        f"threshold {config['threshold']:g}",
+        style="bold",
+    )
+    parts: list[RenderableType] = [title, _size(circuit), _behaviour(circuit, config["metric"]), _work(record)]
+    return Group(*parts, _largest(circuit))
+
+
+def as_json(circuit: Circuit, record: dict[str, Any]) -> dict[str, Any]:
+    """The same figures for programs."""
+    facts = circuit.to_json()
+    names = ("config", "size", "figures")
+    return {
+        **{name: facts[name] for name in names},
+        "search": record["search"],
+        "total_seconds": record["total_seconds"],
+        "peak_memory": record["peak_memory"],
+        "largest_edges": [edge._asdict() for edge in circuit.largest()],
+    }
+
+
+def _size(circuit: Circuit) -> RenderableType:
+    graph = circuit.graph
+    kept, total = circuit.n_edges, graph.n_edges
+    return Text(
+        f"kept {kept:,} of {total:,} edges ({100 * kept / total:.2g} %): {circuit.n_addition:,} of "
+        f"{graph.n_addition:,} addition, {circuit.n_direct:,} of {graph.n_direct:,} direct"
+    )
+
+
+def _behaviour(circuit: Circuit, metric: str) -> RenderableType:
+    table = Table("prompts", "", metric, "accuracy", "logit difference", box=None, pad_edge=False)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for split in ("validation", "test"):
+        figures = circuit.metadata.get("figures", {}).get(split, {})
+        if "missing" in figures:
+            table.add_row(split, Text(f"none: {figures['missing']}"))
+            continue
+        for name in ("full", "circuit", "corrupted"):
+            if name in figures:
+                row = figures[name]
+                label = f"{split} ({figures['prompts']})" if name == "full" else ""
+                values = (row["metric"], row["accuracy"], row["logit_difference"])
+                table.add_row(label, name, *("–" if value is None else f"{value:.4g}" for value in values))
+    return table
+
+
+def _work(record: dict[str, Any]) -> RenderableType:
+    search = record["search"]
+    states, wasted = search["states"], search["wasted"]
+    lines = [
+        f"{search['tests']:,} edges tested in {as_time(search['seconds'])}, {states:,} states evaluated, "
+        f"{100 * wasted / max(states, 1):.1f} % of them wasted; whole run {as_time(record['total_seconds'])}"
+        + (f", {search['resumes']} times resumed" if search["resumes"] else ""),
+        f"{search['flops_total'] / 1e12:.3g} TFLOP at {search['flops_per_second'] / 1e9:.3g} GFLOP/s, "
+        f"{100 * search['share_of_peak']:.0f} % of this machine's {search['peak_flops_per_second'] / 1e9:.0f}: "
+        + _shares(search["flops"]),
+        f"peak memory {record['peak_memory']['host_bytes'] / 2**30:.2f} GiB",
+    ]
+    return Text("\n".join(lines))
+
+
+def _shares(flops: dict[str, int]) -> str:
+    total = max(sum(flops.values()), 1)
+    ranked = sorted(flops.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {100 * count / total:.0f} %" for name, count in ranked)
+
+
+def _largest(circuit: Circuit) -> RenderableType:
+    table = Table("largest edges", "", "", "effect", box=None, pad_edge=False)
+    table.columns[3].justify = "right"
+    for edge in circuit.largest():
+        table.add_row(edge.sender, "→", edge.receiver, f"{edge.effect:.4f}")
+    return table
