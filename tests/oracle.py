@@ -281,8 +281,8 @@ def metric_value(name: str, logits: Tensor, clean: Tensor, prompts: Prompts) -> 
             elif name == "greaterthan":
                 value = log_q.exp()[wrong].sum() - log_q.exp()[answers].sum()
             elif name in ("nll", "match_nll"):
-                value = -torch.log(log_q.exp()[answers].sum())
-                nll_clean.append(-torch.log(log_p.exp()[answers].sum()))
+                value = -torch.logsumexp(log_q[answers], 0)
+                nll_clean.append(-torch.logsumexp(log_p[answers], 0))
             else:
                 assert name == "l2"
                 chosen = [int(dim) for dim in dims.split(",")] if dims else list(range(len(now)))

@@ -76,7 +76,7 @@ def random_weights(
             value = 1.5 * value / shape[1] ** 0.5
         elif last.startswith("W_") and last not in ("W_E", "W_pos"):
             value = value / shape[-2] ** 0.5
-        if cfg.norm == "none" and last in ("W_O", "W_out", "W_gate"):
+        if cfg.norm == "none" and last in ("W_O", "W_in", "W_gate", "W_out"):
             value = 0.4 * value  # nothing else keeps the residual stream from growing
         out[name] = value.to(dtype)
     return out
@@ -86,10 +86,8 @@ def random_weights(
 def models(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Transformer:
     """A Transformer of 1 to 3 layers with any combination of features."""
     flag, pick = st.booleans(), st.sampled_from
-    layers = draw(pick([1, 2, 2, 3]))
+    layers = draw(pick([1, 2, 2, 3, 3]))
     groups, size = draw(pick([1, 2, 3])), draw(pick([1, 1, 2]))
-    if layers == 3:
-        groups = min(groups, 2)
     act: Activation = draw(pick(get_args(Activation)))
     positions: Positions = draw(pick(["learned", *get_args(Positions), "rotary"]))
     vocab = 12

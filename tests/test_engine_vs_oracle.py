@@ -15,7 +15,8 @@ import torch
 from hypothesis import given
 
 import oracle
-from pahq.method.acdc import Acdc, AcdcOptions, AcdcResult, Decision
+from pahq.method import acdc
+from pahq.method.acdc import Acdc, AcdcOptions, Decision
 from random_models import Case, cases, drawn
 
 CASES_DOUBLE, CASES_SINGLE = 220, 40
@@ -44,12 +45,11 @@ def threshold_for(case: Case) -> float:
     return max(case.fraction * abs(values[1] - values[0]), 1e-4) * 1.000123
 
 
-def both(case: Case, threshold: float, max_states: int) -> tuple[oracle.Sweep, AcdcResult]:
-    graph = case.graph
-    expected = oracle.acdc(
+def sequential(case: Case, threshold: float) -> oracle.Sweep:
+    return oracle.acdc(
         case.model,
         case.prompts,
-        graph,
+        case.graph,
         threshold,
         case.metric,
         case.ablation,
@@ -57,6 +57,10 @@ def both(case: Case, threshold: float, max_states: int) -> tuple[oracle.Sweep, A
         case.head_order,
         case.sender_order,
     )
+
+
+def engine(case: Case, threshold: float) -> Acdc:
+    """Under bounds on states and memory that make short and long batches, drawn with the case."""
     options = AcdcOptions(
         threshold=threshold,
         metric=case.metric,
@@ -64,9 +68,10 @@ def both(case: Case, threshold: float, max_states: int) -> tuple[oracle.Sweep, A
         absolute=case.absolute,
         head_order=case.head_order,
         sender_order=case.sender_order,
-        **graph.options(),
+        **case.graph.options(),
     )
-    return expected, Acdc(case.model, case.prompts, options, max_states=max_states).run()
+    memory = (1 << 30, 50_000)[case.seed % 2]
+    return Acdc(case.model, case.prompts, options, memory_limit=memory, max_states=1 + case.seed // 2 % 32)
 
 
 def compare(decisions: list[Decision], expected: list[oracle.Step], atol: float) -> None:
@@ -105,8 +110,8 @@ def test_double_precision(capsys: pytest.CaptureFixture[str]) -> None:
     @drawn(CASES_DOUBLE)
     @given(case=cases())
     def run(case: Case) -> None:
-        max_states = 1 + case.seed % 24  # short and long batches
-        expected, result = both(case, threshold_for(case), max_states)
+        threshold = threshold_for(case)
+        expected, result = sequential(case, threshold), engine(case, threshold).run()
         compare(result.decisions, expected.decisions, atol=1e-8)
         assert np.array_equal(result.mask, expected.mask)
         assert np.array_equal(result.order, expected.order)
@@ -135,7 +140,7 @@ def test_single_precision(capsys: pytest.CaptureFixture[str]) -> None:
     @given(case=cases(torch.float32))
     def run(case: Case) -> None:
         threshold = threshold_for(case)
-        expected, result = both(case, threshold, 64)
+        expected, result = sequential(case, threshold), engine(case, threshold).run()
         sizes = [abs(d.effect) if case.absolute else d.effect for d in expected.decisions]
         close = [abs(size - threshold) < noise for size in sizes]
         first = close.index(True) if True in close else len(close)
@@ -151,3 +156,25 @@ def test_single_precision(capsys: pytest.CaptureFixture[str]) -> None:
             f"{tally.within_noise} cases end early at an effect within {noise:g} of the threshold"
         )
     assert tally.decisions > 10 * CASES_SINGLE
+
+
+def test_checkpoints_and_resumed_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acdc, "CHECKPOINT_TESTS", 7)
+    resumed = 0
+
+    @drawn(60)
+    @given(case=cases())
+    def run(case: Case) -> None:
+        nonlocal resumed
+        threshold = threshold_for(case)
+        whole = engine(case, threshold).run()
+        compare(whole.decisions, sequential(case, threshold).decisions, atol=1e-8)
+        journal = whole.decisions[: case.seed % (len(whole.decisions) + 1)]
+        again = engine(case, threshold).run(replay=journal)
+        assert again.decisions == whole.decisions  # bit for bit
+        assert np.array_equal(again.mask, whole.mask)
+        assert again.metric == whole.metric
+        resumed += any(decision.checkpoint for decision in journal)
+
+    run()
+    assert resumed >= 10

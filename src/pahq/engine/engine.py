@@ -54,7 +54,7 @@ class Engine:
         self.metric = get_metric(metric, prompts, clean_logits)
         self._rows: BatchPass | None = None
         self._metrics = np.empty(0)
-        self.base_metric = self._measure(gather(clean.final, prompts.read)[None])[0]
+        self.base_metric = float(self._measure(gather(clean.final, prompts.read)[None])[0])
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> np.ndarray:
@@ -119,7 +119,7 @@ class Engine:
             else:
                 out = self.nodes.mlp(x[None], receiver.layer)[0]
                 self.state.changed["out", mlp_column(self.graph, receiver.layer), 0] = out
-        self.base_metric = self._measure(self.spans.at_read(final)[None])[0]
+        self.base_metric = float(self._measure(self.spans.at_read(final)[None])[0])
 
     def _rebase_attention(self, row: int, marks: Marks, level: Reach) -> set[tuple[int, int]]:
         """Queries, keys or values of one receiver afresh; -> the heads (layer, head) that use them."""

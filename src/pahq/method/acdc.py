@@ -181,8 +181,8 @@ class Acdc:
                 self._wasted += 1
             else:
                 keep = self.speculator.keeps(after - current)
-                visit = self.sweep.at_visit
                 assert self.sweep.peek() == edge
+                visit = self.sweep.at_visit  # after peek, which passes over dead receivers
                 self.sweep.decide(keep)
                 self.speculator.learn(edge, after - current, decided=True, guessed=guess)
                 decided.append(Decision(len(self.decisions) + len(decided), *edge, current, after, keep))
