@@ -83,12 +83,12 @@ def execute(
     model: Any = None,
     task: str | Task | None = None,
     watch: Watch | None = None,
-    command: Sequence[str] | None = None,
+    command: str | None = None,
 ) -> Outcome:
     """Runs, resumes or loads the run that ``config`` describes.
 
     out: its folder, None to write nothing. model, task: objects in place of the names in ``config``.
-    command: the words typed, for the record. Raises PahqError for bad input.
+    command: what was typed, for the record. Raises PahqError for bad input.
     """
     watch = Watch() if watch is None else watch
     model = config.model if model is None else model
@@ -102,7 +102,7 @@ def execute(
         return _Run(config, folder, watch).finish(model, prompts_of, command)
 
 
-def resume(out: str | PathLike[str], *, watch: Watch | None = None, command: Sequence[str] | None = None) -> Outcome:
+def resume(out: str | PathLike[str], *, watch: Watch | None = None, command: str | None = None) -> Outcome:
     """Goes on with the run in ``out``, or loads it if it is finished; raises PahqError if none is there."""
     if not Path(out).is_dir():
         raise PahqError(f"{out}: there is no such folder; give the --out of the run to go on with")
@@ -126,12 +126,10 @@ class _Run:
         self.began, self.started = time.perf_counter(), _now()
         self.earlier = 0.0  # seconds that earlier processes gave to this run
 
-    def finish(self, model: Any, task: Task, command: Sequence[str] | None) -> Outcome:
+    def finish(self, model: Any, task: Task, command: str | None) -> Outcome:
         """Loads, searches, measures and writes."""
         config, watch = self.config, self.watch
-        words = (
-            list(command) if command is not None else [config.command(str(self.folder.path) if self.folder else None)]
-        )
+        command = config.call(None if self.folder is None else str(self.folder.path)) if command is None else command
         transformer = _load(model, config, watch)
         prompts = task.prompts(transformer, config.n, config.seed, "validation")
         held_out, no_test = _held_out(task, transformer, config)
@@ -143,9 +141,12 @@ class _Run:
             "source": dict(transformer.source),
         }
         if self.folder is not None:
-            record = self.folder.begin(config, fingerprints, {"command": words, "started": self.started, **self.facts})
+            record = self.folder.begin(
+                config, fingerprints, {"command": command, "started": self.started, **self.facts}
+            )
             self._compare_machines(record)
             self.started = record.get("started", self.started)
+            command = record.get("command", command)
         result, spent = self._search(transformer, prompts)
         watch.say("measuring the circuit …")
         circuit = Circuit(result.graph, result.mask, result.effects, result.order)
@@ -159,7 +160,7 @@ class _Run:
         )
         circuit.metadata.update({"config": config.to_dict(), "figures": figures})
         record = {
-            "command": words,
+            "command": command,
             "config": config.to_dict(),
             "precision": {"float32": "fp32", "float64": "fp64"}[config.dtype],
             "identity": fingerprints,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -83,16 +82,9 @@ class RunConfig:
                 return f"{f.name} is {theirs} there, {mine} here"
         return None
 
-    def command(self, out: str | None = None) -> str:
-        """The ``pahq discover`` command that repeats this run."""
-        words = ["pahq", "discover"]
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if value == f.default:
-                continue
-            flag = f.name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
-            else:
-                words += [f"--{flag}", str(value)]
-        return shlex.join(words + (["--out", out] if out is not None else []))
+    def call(self, out: str | None = None) -> str:
+        """The Python call that makes this run."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        default = {f.name: f.default for f in fields(self)}
+        words = [f"{name}={value!r}" for name, value in given.items() if value != default[name]]
+        return f"pahq.discover({', '.join(words + ([] if out is None else [f'out={out!r}']))})"

@@ -66,8 +66,12 @@ def _behaviour(circuit: Circuit, metric: str) -> RenderableType:
                 row = figures[name]
                 label = f"{split} ({figures['prompts']})" if name == "full" else ""
                 values = (row["metric"], row["accuracy"], row["logit_difference"])
-                table.add_row(label, name, *("–" if value is None else f"{value:.4g}" for value in values))
+                table.add_row(label, name, *map(_decimal, values))
     return table
+
+
+def _decimal(value: float | None) -> str:
+    return "–" if value is None else f"{round(value, 4) + 0.0:.4f}"  # adding zero turns -0.0 into 0.0
 
 
 def _work(record: dict[str, Any]) -> RenderableType:

@@ -1,0 +1,214 @@
+"""The command line. Torch is imported only by the commands that compute, so that help comes at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pahq.errors import PahqError
+from pahq.files import explain, read_json
+from pahq.report.config import CHOICES, RunConfig
+
+if TYPE_CHECKING:
+    from pahq.api import Outcome
+
+app = typer.Typer(
+    name="pahq",
+    help="Find circuits in language models, fast and faithfully.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_ClickException = typer.BadParameter.__mro__[2]  # typer has no public name for the class of all usage errors
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"pahq {version('pahq')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _choice(option: str) -> str:
+    return " or ".join(CHOICES[option])
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors (and --json's output).")]
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")]
+
+
+@app.command()
+def discover(
+    model: Annotated[str, typer.Option(help="smollm2-135m, a hub id, a local folder, or a .gguf file.")],
+    task: Annotated[str, typer.Option(help="A task's name (see 'pahq tasks') or a JSONL or CSV file of prompts.")],
+    threshold: Annotated[float, typer.Option(help="An edge goes if cutting it raises the metric by less than this.")],
+    method: Annotated[str, typer.Option(help=_choice("method"))] = "acdc",
+    metric: Annotated[str | None, typer.Option(help="kl_div, logit_diff, … (default: the task's own).")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Folder of the run (default: runs/MODEL-TASK-METRIC-THRESHOLD).")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", "-n", help="Number of prompts.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed that draws the prompts.")] = 0,
+    ablation: Annotated[str, typer.Option(help=_choice("ablation"))] = "resample",
+    absolute: Annotated[bool, typer.Option("--absolute", help="Compare |effect| with the threshold.")] = False,
+    head_order: Annotated[str, typer.Option(help=f"Heads as senders: {_choice('head_order')}.")] = "descending",
+    sender_order: Annotated[str, typer.Option(help=f"Senders tested first: {_choice('sender_order')}.")] = "latest",
+    split_qkv: Annotated[bool, typer.Option(help="Separate inputs for query, key and value.")] = True,
+    direct_edges: Annotated[bool, typer.Option(help="Test direct edges (input to computed q, k, v).")] = True,
+    split_pos: Annotated[bool, typer.Option(help="Position embedding as its own sender.")] = False,
+    fold_ln: Annotated[bool, typer.Option(help="Fold layer norm into the weights that follow.")] = False,
+    center_writing: Annotated[bool, typer.Option(help="Centre the weights that write to the residual.")] = False,
+    center_unembed: Annotated[bool, typer.Option(help="Centre the unembedding over the vocabulary.")] = False,
+    pad: Annotated[bool, typer.Option(help="Pad prompts of unequal length (prompt files).")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    dtype: Annotated[str, typer.Option(help=_choice("dtype"))] = "float32",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Find a circuit. The same command goes on with a run that was cut short."""
+    options = {name: value for name, value in locals().items() if name in RunConfig.__dataclass_fields__}
+    config = RunConfig(**options)
+    folder = _default_folder(config) if out is None else out
+
+    from pahq.api import execute
+    from pahq.report.progress import watch_for
+
+    outcome = _continuable(folder, lambda: execute(config, folder, watch=watch_for(quiet=quiet), command=_typed()))
+    _print(outcome, folder, quiet, as_json)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Go on with a run that was cut short."""
+    from pahq.api import resume as resume_run
+    from pahq.report.progress import watch_for
+
+    outcome = _continuable(str(run), lambda: resume_run(run, watch=watch_for(quiet=quiet), command=_typed()))
+    _print(outcome, str(run), quiet, as_json)
+
+
+@app.command()
+def show(run: Annotated[Path, typer.Argument(help="Folder of a finished run.")], as_json: Json = False) -> None:
+    """Print the summary of a finished run again."""
+    from pahq.evaluation.circuit import Circuit
+    from pahq.report.folder import RUN_FILE, START_FILE
+
+    if not (run / RUN_FILE).exists():
+        if (run / START_FILE).exists():
+            raise PahqError(f"{run}: this run is not finished; go on with it: pahq resume {run}")
+        raise PahqError(f"{run}: there is no finished run ({RUN_FILE} is missing); check the path")
+    _summary(Circuit.load(run), read_json(run / RUN_FILE), as_json)
+
+
+def _typed() -> str:
+    """The command as it was typed."""
+    return shlex.join(["pahq", *sys.argv[1:]])
+
+
+def _default_folder(config: RunConfig) -> str:
+    parts = (Path(config.model).stem, Path(config.task).stem, config.metric or "default", f"{config.threshold:g}")
+    return str(Path("runs") / re.sub(r"[^\w.-]+", "_", "-".join(parts)))
+
+
+def _continuable(folder: str, run: Any) -> Outcome:
+    """Runs ``run``; on Ctrl-C says how to go on and leaves with exit code 130."""
+    from pahq.report.folder import START_FILE
+
+    try:
+        return run()
+    except KeyboardInterrupt:
+        begun = (Path(folder) / START_FILE).exists()
+        hint = f"go on with: pahq resume {folder}" if begun else "nothing was begun"
+        print(f"interrupted; {hint}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _print(outcome: Outcome, folder: str, quiet: bool, as_json: bool) -> None:
+    if outcome.was_finished and not quiet:
+        print(
+            f"{folder}: this run is finished; nothing was changed (see it again: pahq show {folder})", file=sys.stderr
+        )
+    if as_json or not (quiet or outcome.was_finished):
+        _summary(outcome.circuit, outcome.record, as_json)
+        if not as_json:
+            print(f"written: {folder}")
+
+
+def _summary(circuit: Any, record: dict[str, Any], as_json: bool) -> None:
+    from pahq.report import summary
+
+    try:
+        if as_json:
+            print(json.dumps(summary.as_json(circuit, record), indent=1))
+        else:
+            summary.show(circuit, record)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PahqError(f"run.json or circuit.json: {error} is missing or damaged; run the search anew") from error
+
+
+def _add_tasks() -> None:
+    from pahq.cli.tasks import tasks_app
+
+    app.add_typer(tasks_app, name="tasks")
+
+
+_add_tasks()
+
+
+def main() -> None:
+    """Entry point: runs the command, and turns every error a user can cause into one line and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except PahqError as error:
+        code = _fail(str(error))
+    except BrokenPipeError:  # the reader of our output (head, less) had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        code = _fail(explain(error))
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        if not isinstance(error, _ClickException):
+            raise
+        code = _usage(error)
+    sys.exit(code or 0)
+
+
+def _usage(error: Any) -> int:
+    message = error.format_message().rstrip(".")
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "pahq"
+    if not message or type(error).__name__ == "NoArgsIsHelpError":
+        print(message)
+        return 0
+    return _fail(f"{message} (see '{path} --help')")
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
