@@ -11,6 +11,7 @@ from pahq.engine.flops import Flops
 from pahq.engine.marks import Marks, Reach, head_column, mlp_column
 from pahq.engine.nodes import Nodes
 from pahq.engine.reference import reference_run, run
+from pahq.engine.screen import SAFETY, Screen, worth_screening
 from pahq.engine.spans import Spans, gather
 from pahq.engine.state import State, projections
 from pahq.engine.vocabulary import Vocabulary
@@ -39,7 +40,13 @@ class Engine:
         metric: str = "kl_div",
         ablation: str = "resample",
         memory_limit: int = MEMORY_LIMIT,
+        screen: bool | None = None,
+        tolerance: float = 0.0,
     ) -> None:
+        """screen: sum over likely tokens where that will do (see ``screen.Screen``); None: for large vocabularies.
+
+        tolerance: how much slack the base state's own metric may have.
+        """
         if prompts.pad is not None and not model.config.causal and bool(prompts.pad.any()):
             raise PahqError("prompts: padding needs causal attention; give a bidirectional model prompts of one length")
         self.model, self.prompts, self.graph, self.memory_limit = model, prompts, graph, memory_limit
@@ -50,15 +57,28 @@ class Engine:
         self.nodes = Nodes(model, self.spans, self.flops)
         self.state = State(graph, clean, reference, self.spans, self.nodes)
         clean_logits = model.unembed(gather(clean.final, prompts.read))
-        self.vocabulary = Vocabulary(model, torch.logsumexp(clean_logits, -1), self.flops)
         self.metric = get_metric(metric, prompts, clean_logits)
+        if screen is None:
+            screen = self.metric.sums_vocabulary and worth_screening(model, prompts.read.numel())
+        self.vocabulary = Vocabulary(
+            model,
+            torch.logsumexp(clean_logits, -1),
+            self.metric.weight,
+            self.flops,
+            Screen(model, self.flops) if screen else None,
+        )
+        self.tolerance = tolerance
+        self.escalated = 0
         self._rows: BatchPass | None = None
-        self._metrics = np.empty(0)
-        self.base_metric = float(self._measure(gather(clean.final, prompts.read)[None])[0])
+        self._final: tuple[int, Tensor] | None = None
+        self._metrics = self._slack = self._estimate = np.empty(0)
+        self._set_base(gather(clean.final, prompts.read), select=True)
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> np.ndarray:
-        """The metric of each state: float64 [n], n <= batch.n_states where memory does not reach for all of them.
+    def evaluate(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """The metric of each state and its slack: float64 [n], n <= batch.n_states if memory does not reach for all.
+
+        A slack above 0 says how far the metric may be off; ``sharpen`` removes it.
 
         Raises PahqError if a metric is NaN or infinite.
         """
@@ -67,21 +87,42 @@ class Engine:
         if fits < batch.n_states:
             batch = batch.first(fits)
             steps = plan(self.graph, batch)
-        self._rows = BatchPass(self.state, self.nodes, batch)
-        result = self._rows.run(steps)
-        metrics = np.full(batch.n_states, self.base_metric)
-        if result is not None:
-            first, final = result
-            metrics[first:] = self._measure(final)
-        bad = np.flatnonzero(~np.isfinite(metrics))
-        if len(bad):
-            row, column = batch.candidates[int(bad[0])]
-            raise PahqError(
-                f"metric '{self.metric.name}' became {metrics[bad[0]]} when edge {self.graph.edge_name(row, column)} "
-                "was removed; check the model's weights, or use float32 or float64"
-            )
-        self._metrics = metrics
-        return metrics
+        self._batch, self._rows = batch, BatchPass(self.state, self.nodes, batch)
+        self._final = self._rows.run(steps)
+        self._metrics = np.full(batch.n_states, self.base_metric)
+        self._slack = np.full(batch.n_states, self.base_slack)
+        self._estimate = np.zeros(batch.n_states)
+        if self._final is not None:
+            first, final = self._final
+            read = self.vocabulary.read(final)
+            self._metrics[first:] = self.metric(read).cpu().numpy()
+            self._slack[first:], self._estimate[first:] = read.slack, read.estimate
+        self._check()
+        return self._metrics, self._slack
+
+    @torch.no_grad()
+    def sharpen(self, states: list[int]) -> None:
+        """Evaluates states of the last batch over the full vocabulary, in place in what ``evaluate`` gave.
+
+        A state of -1 is the base.
+        """
+        if -1 in states and self.base_slack:
+            self._sharpen_base()
+            unchanged = self._final[0] if self._final is not None else len(self._metrics)
+            self._metrics[:unchanged], self._slack[:unchanged] = self.base_metric, 0.0
+        if self._final is None:
+            return
+        first, final = self._final
+        states = [state for state in states if state >= first and self._slack[state]]
+        if not states:
+            return
+        self.escalated += len(states)
+        rows = torch.tensor([state - first for state in states], device=final.device)
+        exact = self.metric(self.vocabulary.read(final[rows], full=True)).cpu().numpy()
+        for state, value in zip(states, exact, strict=True):
+            self._observe(self._metrics[state] - value, self._estimate[state])
+            self._metrics[state], self._slack[state] = value, 0.0
+        self._check()
 
     def commit(self, state: int) -> None:
         """Makes a state of the last evaluated batch the base."""
@@ -89,8 +130,41 @@ class Engine:
         for key, (first, values) in self._rows.rows.items():
             if state >= first:
                 self.state.changed[key] = values[state - first].clone()
-        self.base_metric = float(self._metrics[state])
-        self._rows = None
+        self.base_metric, self.base_slack = float(self._metrics[state]), float(self._slack[state])
+        if self._final is not None and state >= self._final[0]:
+            self._base_final = self._final[1][state - self._final[0]].clone()
+            if self.base_slack > self.tolerance or self._estimate[state] * SAFETY > self.tolerance:
+                self._sharpen_base(self._estimate[state])
+        self._rows = self._final = None
+
+    def _sharpen_base(self, estimate: float = 0.0) -> None:
+        """The base state's metric in full, and the screen anchored there."""
+        before = self.base_metric
+        was_exact = not self.base_slack
+        self._set_base(self._base_final, select=False)
+        if not was_exact:
+            self._observe(before - self.base_metric, estimate)
+
+    def _set_base(self, final: Tensor, select: bool) -> None:
+        """Measures a base state from its final residual stream [B, P, d] at the read positions."""
+        self._base_final, self.base_slack = final, 0.0
+        if self.vocabulary.screen is not None:
+            self.vocabulary.anchor(final, select)
+        self.base_metric = float(self.metric(self.vocabulary.read(final[None], full=True))[0])
+
+    def _observe(self, error: float, estimate: float) -> None:
+        if self.vocabulary.screen is not None:
+            self.vocabulary.screen.observe(error, estimate)
+
+    def _check(self) -> None:
+        """Raises PahqError, naming the edge, where a metric of the batch is NaN or infinite."""
+        bad = np.flatnonzero(~np.isfinite(self._metrics))
+        if len(bad):
+            row, column = self._batch.candidates[int(bad[0])]
+            raise PahqError(
+                f"metric '{self.metric.name}' became {self._metrics[bad[0]]} when edge "
+                f"{self.graph.edge_name(row, column)} was removed; check the model's weights, or use float64"
+            )
 
     @torch.no_grad()
     def rebase(self, marks: Marks) -> None:
@@ -119,7 +193,7 @@ class Engine:
             else:
                 out = self.nodes.mlp(x[None], receiver.layer)[0]
                 self.state.changed["out", mlp_column(self.graph, receiver.layer), 0] = out
-        self.base_metric = float(self._measure(self.spans.at_read(final)[None])[0])
+        self._set_base(self.spans.at_read(final), select=True)
 
     def _rebase_attention(self, row: int, marks: Marks, level: Reach) -> set[tuple[int, int]]:
         """Queries, keys or values of one receiver afresh; -> the heads (layer, head) that use them."""
@@ -156,10 +230,6 @@ class Engine:
             k, v = (self.state.projected(which, layer, group, Reach.ALL)[None] for which in "kv")
             prefix = [self.state.clean_prefix(which, layer, group) for which in "kv"]
             self.state.changed["out", column, 0] = self.nodes.head(q, k, v, level, *prefix)[0]
-
-    def _measure(self, final: Tensor) -> np.ndarray:
-        """final [S, B, P, d] at the read positions -> the metric of each state, float64 [S]."""
-        return self.metric(self.vocabulary.read(final)).cpu().numpy()
 
     def _bytes(self, steps: list[Step], batch: Batch) -> int:
         """Memory that the values of a batch take: inputs and outputs of what changes, and a working copy."""

@@ -1,6 +1,9 @@
-"""Counting the arithmetic of matrix products, by component."""
+"""Counting the arithmetic of matrix products by component, and how much of one is held at a time."""
 
 from __future__ import annotations
+
+CHUNK_ELEMENTS = 1 << 18
+"""Elements of a product worked on at a time: few enough that the passes after it find them in the cache."""
 
 
 class Flops:

@@ -2,47 +2,72 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pahq.engine.flops import Flops
+from pahq.engine.flops import CHUNK_ELEMENTS, Flops
+from pahq.engine.screen import Screen
 from pahq.model.transformer import Transformer
 
-CHUNK_ELEMENTS = 1 << 20
-"""Logits held at a time: small enough that exp and sum find them in the cache."""
+SAFE_EXPONENT = 60.0
+"""exp of a log-sum-exp up to here stays well inside float32's range."""
 
 
 class Vocabulary:
     """The unembedding of one model for N examples at P read positions.
 
-    shift: [N, P], a number close to the log-sum-exp of every state, which keeps exp in range.
+    typical: log-sum-exp [N, P] of the clean model, the scale of every state's.
+    weight: [N, P], how much each position counts in the metric.
+    screen: sums over likely tokens where that will do; None for full sums always.
     """
 
-    def __init__(self, model: Transformer, shift: Tensor, flops: Flops) -> None:
-        self.model, self.shift, self.flops = model, shift, flops
+    def __init__(
+        self, model: Transformer, typical: Tensor, weight: Tensor, flops: Flops, screen: Screen | None
+    ) -> None:
+        self.model, self.weight, self.flops, self.screen = model, weight, flops, screen
+        self.shift = None if float(typical.abs().max()) < SAFE_EXPONENT else typical
         self._directions: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def read(self, x: Tensor) -> VocabularyReadout:
-        """x [S, N, P, d], final residual streams at the read positions."""
-        return VocabularyReadout(self, self.model.ln_final(x))
+    def read(self, x: Tensor, full: bool = False) -> VocabularyReadout:
+        """x [S, N, P, d], final residual streams at the read positions. full: do not screen."""
+        return VocabularyReadout(self, self.model.ln_final(x), None if full else self.screen)
 
     def direction(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [N, P, V] -> (sum of unembedding columns [N, P, d], sum of biases [N, P]), kept for the next call."""
         for key, direction, bias in self._directions:
             if key is probabilities:
                 return direction, bias
-        direction = torch.einsum("npv,dv->npd", probabilities, self.model.W_U.to(probabilities.dtype))
+        wide = probabilities.dtype
+        direction = torch.cat([(p @ self.model.W_U.to(wide).T)[None] for p in probabilities])
         b_U = self.model.b_U
-        bias = torch.zeros_like(probabilities[..., 0]) if b_U is None else probabilities @ b_U.to(probabilities.dtype)
+        bias = torch.zeros_like(probabilities[..., 0]) if b_U is None else probabilities @ b_U.to(wide)
         self._directions.append((probabilities, direction, bias))
         return direction, bias
 
+    def anchor(self, x: Tensor, select: bool) -> Tensor:
+        """Anchors the screen at one state: x [N, P, d] -> its log-sum-exp [N, P]. select: choose the tokens afresh."""
+        assert self.screen is not None
+        h = self.model.ln_final(x)
+        rows = h.reshape(-1, h.shape[-1])
+        self.flops.add("unembed", rows.numel() * self.model.W_U.shape[1])
+        logits = rows @ self.model.W_U
+        logits = logits if self.model.b_U is None else logits + self.model.b_U
+        if select:
+            self.screen.select(logits)
+        return self.screen.anchor(rows, logits).view(h.shape[:-1])
+
 
 class VocabularyReadout:
-    """Answers of some states; h [S, N, P, d] is the normalised final residual stream. See ``task.metrics.Readout``."""
+    """Answers of some states; h [S, N, P, d] is the normalised final residual stream. See ``task.metrics.Readout``.
 
-    def __init__(self, vocabulary: Vocabulary, h: Tensor) -> None:
-        self.vocabulary, self.h = vocabulary, h
+    slack: float64 [S], how far a metric built on these answers may be from the full sum's.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, h: Tensor, screen: Screen | None) -> None:
+        self.vocabulary, self.h, self.screen = vocabulary, h, screen
+        self.slack = np.zeros(h.shape[0])
+        self.estimate = np.zeros(h.shape[0])
         self._logsumexp: Tensor | None = None
 
     def select(self, ids: Tensor) -> Tensor:
@@ -63,23 +88,35 @@ class VocabularyReadout:
 
     def logsumexp(self) -> Tensor:
         if self._logsumexp is None:
-            self._logsumexp = self._sum_in_chunks()
+            self._logsumexp = self._full() if self.screen is None else self._screened(self.screen)
         return self._logsumexp
 
-    def _sum_in_chunks(self) -> Tensor:
+    def _screened(self, screen: Screen) -> Tensor:
+        value, estimate = screen.logsumexp(self.h.flatten(1, 2))
+        weighted = (estimate.view(self.h.shape[:-1]) * self.vocabulary.weight).sum(dim=(-1, -2))
+        self.estimate = weighted.cpu().numpy()
+        self.slack = screen.slack(weighted).cpu().numpy()
+        return value.view(self.h.shape[:-1])
+
+    def _full(self) -> Tensor:
         """The product with W_U a slab of columns at a time, so that no logit travels to memory and back."""
-        model = self.vocabulary.model
+        vocabulary, model = self.vocabulary, self.vocabulary.model
         self._count()
         rows = self.h.reshape(-1, self.h.shape[-1])
-        shift = self.vocabulary.shift.to(rows.dtype).expand(self.h.shape[:-1]).reshape(-1, 1)
         total = torch.zeros(rows.shape[0], dtype=torch.float64, device=rows.device)
+        shift = None
+        if vocabulary.shift is not None:
+            shift = vocabulary.shift.to(rows.dtype).expand(self.h.shape[:-1]).reshape(-1, 1)
         width = max(256, CHUNK_ELEMENTS // max(1, rows.shape[0]))
         for first in range(0, model.W_U.shape[1], width):
-            slab = rows @ model.W_U[:, first : first + width]
+            part = slice(first, first + width)
+            slab = rows @ model.W_U[:, part]
             if model.b_U is not None:
-                slab += model.b_U[first : first + width]
-            total += slab.sub_(shift).exp_().sum(-1)
-        out = total.log() + shift.squeeze(-1)
+                slab += model.b_U[part]
+            if shift is not None:
+                slab -= shift
+            total += slab.exp_().sum(-1)
+        out = total.log() if shift is None else total.log() + shift.squeeze(-1)
         bad = ~torch.isfinite(out)
         if bool(bad.any()):  # a state so far from the clean one that exp left its range (or a NaN, which stays one)
             logits = rows[bad] @ model.W_U

@@ -27,6 +27,8 @@ from pahq.task.prompts import Prompts
 
 HeadOrder = Literal["descending", "ascending"]
 SenderOrder = Literal["latest", "earliest"]
+BASE_TOLERANCE = 1e-3
+"""Slack that the current metric may carry along, as a share of the threshold."""
 CHECKPOINT_TESTS = 256
 """A checkpoint is due at the end of a visit once so many tests were made since the last one."""
 
@@ -121,10 +123,21 @@ class Acdc:
         options: AcdcOptions,
         memory_limit: int = MEMORY_LIMIT,
         max_states: int = MAX_STATES,
+        screen: bool | None = None,
     ) -> None:
+        """screen: see ``engine.Engine``; memory_limit in bytes and max_states bound a batch. None changes a decision."""
         self.options = options
         self.graph = Graph(model.config, options.split_qkv, options.direct_edges, options.split_pos)
-        self.engine = Engine(model, prompts, self.graph, options.metric, options.ablation, memory_limit)
+        self.engine = Engine(
+            model,
+            prompts,
+            self.graph,
+            options.metric,
+            options.ablation,
+            memory_limit,
+            screen,
+            tolerance=BASE_TOLERANCE * abs(options.threshold),
+        )
         order = visits(self.graph, options.head_order == "ascending", options.sender_order == "earliest")
         self.sweep = Sweep(order, Marks.full(self.graph))
         self.speculator = Speculator(options.threshold, options.absolute, max_states)
@@ -145,6 +158,7 @@ class Acdc:
             decided = self._batch()
             if on_batch is not None:
                 on_batch(self._progress(decided))
+        self.engine.rebase(self.sweep.marks)
         return self._result(time.perf_counter() - began)
 
     def _replay(self, decisions: Sequence[Decision]) -> None:
@@ -166,8 +180,9 @@ class Acdc:
         """Evaluates one batch of states and takes every decision that it supports."""
         stop_at = CHECKPOINT_TESTS - self._since_checkpoint
         batch, guesses = self.speculator.batch(self.sweep, self.speculator.max_states, stop_at)
+        metrics, slack = self.engine.evaluate(batch)
+        self._sharpen(metrics, slack, guesses)
         base = self.engine.base_metric
-        metrics = self.engine.evaluate(batch)
         self._states += len(metrics)
         self._batches += 1
         decided: list[Decision] = []
@@ -200,6 +215,23 @@ class Acdc:
         self.decisions += decided
         return decided
 
+    def _sharpen(self, metrics: np.ndarray, slack: np.ndarray, guesses: list[bool]) -> None:
+        """Has the states evaluated in full on which a decision within its slack of the threshold would rest."""
+        doubtful: set[int] = set()
+        before = -1
+        for state, guess in enumerate(guesses[: len(metrics)]):
+            base, base_slack = (
+                (metrics[before], slack[before]) if before >= 0 else (self.engine.base_metric, self.engine.base_slack)
+            )
+            effect = metrics[state] - base
+            size = abs(effect) if self.options.absolute else effect
+            if abs(size - self.options.threshold) <= slack[state] + base_slack:
+                doubtful |= {state, before}
+            if not guess:
+                before = state
+        if doubtful:
+            self.engine.sharpen(sorted(doubtful))
+
     def _checkpoint(self, decided: list[Decision]) -> None:
         """From here on nothing depends on how the state was reached, so that a resumed run goes the same way."""
         last = decided[-1]
@@ -231,6 +263,7 @@ class Acdc:
             "states": self._states,
             "wasted": self._wasted,
             "batches": self._batches,
+            "escalated": self.engine.escalated,
             "seconds": seconds,
             "flops": dict(self.engine.flops.by_component),
         }

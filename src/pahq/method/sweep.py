@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
 from pahq.engine.marks import Marks, head_column, mlp_column
 from pahq.graph import Graph
 

@@ -44,6 +44,8 @@ class Metric(ABC):
     """
 
     name: str
+    sums_vocabulary = True
+    """Whether it asks for ``logsumexp``."""
 
     def __init__(self, prompts: Prompts, clean_logits: Tensor) -> None:
         self.prompts = prompts
@@ -91,6 +93,7 @@ class LogitDiff(Metric):
     """-(mean logit of the right answers - mean logit of the wrong ones)."""
 
     name = "logit_diff"
+    sums_vocabulary = False
 
     def bind(self, clean_logits: Tensor) -> None:
         self.need_answers()
@@ -103,6 +106,7 @@ class Docstring(Metric):
     """-(logit of the right answer - largest logit among the wrong ones)."""
 
     name = "docstring"
+    sums_vocabulary = False
 
     def bind(self, clean_logits: Tensor) -> None:
         self.need_answers()
@@ -162,6 +166,7 @@ class L2(Metric):
     """Mean squared error against the clean logits; ``l2:0`` looks at output dimension 0 only."""
 
     name = "l2"
+    sums_vocabulary = False
     dims: tuple[int, ...] = ()
 
     def bind(self, clean_logits: Tensor) -> None:

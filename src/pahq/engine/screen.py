@@ -1,0 +1,93 @@
+"""The log-sum-exp over a large vocabulary from its likely tokens, with an estimate of what that misses.
+
+Around an anchor state whose probabilities p are known in full, another state's sum is
+``sum p_v exp(x_v)`` with ``x_v`` the change of a logit. Tokens that carry nearly all probability are
+summed exactly; the tail T enters as ``P_T exp(mean of x over T)``, which leaves out half the
+variance of x over T times P_T: second order in the change, and P_T is small. How large that
+is gets measured whenever a new anchor is set; states closer to a decision's threshold than a
+multiple of it are evaluated in full. So a screen saves work but takes no decision it cannot bear.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pahq.engine.flops import CHUNK_ELEMENTS, Flops
+from pahq.model.transformer import Transformer
+
+TAIL_MASS = 3e-3
+"""Mean probability that may be left to the tail."""
+
+SAFETY = 10.0
+"""Slack given to a state, in multiples of the largest error seen relative to its estimate."""
+
+NOISE = 2e-6
+"""Rounding noise of a metric in FP32, part of every slack."""
+
+MIN_VOCABULARY = 8192
+MAX_ELEMENTS = 1 << 26
+"""A vocabulary smaller than this, or more probabilities than this to keep, makes screening pointless."""
+
+
+def worth_screening(model: Transformer, positions: int) -> bool:
+    """Whether a screen pays for a model and so many read positions (examples times positions)."""
+    vocabulary = model.config.d_vocab_out
+    return vocabulary >= MIN_VOCABULARY and positions * vocabulary <= MAX_ELEMENTS
+
+
+class Screen:
+    """See the module's text. Rows n run over examples and read positions: h [S, n, d], logits [n, V]."""
+
+    def __init__(self, model: Transformer, flops: Flops) -> None:
+        self.model, self.flops = model, flops
+        self.spread = float(model.W_U.square().sum()) / model.W_U.numel()  # E |w . e|^2 for a unit vector e
+        self.worst = 1.0
+
+    def select(self, logits: Tensor) -> None:
+        """Chooses the tokens to be summed exactly, by their probabilities at a state. logits [n, V]"""
+        mean = torch.softmax(logits, -1).mean(0)
+        ordered, tokens = mean.sort(descending=True)
+        count = int((ordered.double().cumsum(0) < 1 - TAIL_MASS).sum()) + 1
+        self.tokens = tokens[: -(-count // 64) * 64].sort().values
+        self.columns = self.model.W_U.T[self.tokens].T  # [d, m], copied once
+        self.worst = 1.0
+
+    def anchor(self, h: Tensor, logits: Tensor) -> Tensor:
+        """Makes a state the anchor: h [n, d], logits [n, V] -> its log-sum-exp, float64 [n]."""
+        total = torch.logsumexp(logits.double(), -1)
+        p = (logits - total[:, None].to(logits.dtype)).exp_()
+        self.h, self.total = h, total
+        log_p = logits[:, self.tokens] - total[:, None].to(logits.dtype)
+        self.log_bias = log_p - h @ self.columns  # so that log p_v + x_v = log_bias + h' . w_v
+        self.flops.add("unembed", p.numel() * h.shape[-1])
+        all_mean = p @ self.model.W_U.T
+        top = log_p.exp()
+        self.tail = (1 - top.double().sum(-1)).clamp(min=1e-12)
+        self.tail_mean = (all_mean - top @ self.columns.T) / self.tail[:, None].to(p.dtype)
+        return total
+
+    def logsumexp(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """h [S, n, d] -> (log-sum-exp float64 [S, n], estimate of its error before safety [S, n])."""
+        states, n, d = h.shape
+        self.flops.add("unembed", h.numel() * len(self.tokens))
+        change = h - self.h
+        rows = h.reshape(-1, d)
+        top = torch.zeros(states, n, dtype=torch.float64, device=h.device)
+        width = max(256, CHUNK_ELEMENTS // rows.shape[0])
+        for first in range(0, len(self.tokens), width):
+            part = slice(first, first + width)
+            slab = (rows @ self.columns[:, part]).view(states, n, -1)
+            top += slab.add_(self.log_bias[:, part]).exp_().sum(-1)
+        tail = self.tail * (change * self.tail_mean).sum(-1).double().exp()
+        estimate = 0.5 * self.tail * self.spread * change.square().sum(-1).double()
+        return self.total + (top + tail).log(), estimate
+
+    def observe(self, error: float, estimate: float) -> None:
+        """Takes in the error found at a state where the full sum was made as well."""
+        if estimate > NOISE:
+            self.worst = max(self.worst, (abs(error) - NOISE) / estimate)
+
+    def slack(self, estimate: Tensor) -> Tensor:
+        """How far a metric may be off, given its error estimate."""
+        return SAFETY * self.worst * estimate + NOISE
