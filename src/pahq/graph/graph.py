@@ -111,7 +111,12 @@ class Graph:
         sender, arrow, receiver = (part.strip() for part in name.partition("->"))
         rows = {str(r): i for i, r in enumerate(self.receivers)}
         columns = {str(s): i for i, s in enumerate(self.senders)} | {DIRECT: self.direct}
-        if not arrow or receiver not in rows or sender not in columns or not self.edges[rows[receiver], columns[sender]]:
+        if (
+            not arrow
+            or receiver not in rows
+            or sender not in columns
+            or not self.edges[rows[receiver], columns[sender]]
+        ):
             raise PahqError(f"edge '{name}' does not exist in {self.config.name}; write it like 'm0->a1.0.q'")
         return rows[receiver], columns[sender]
 

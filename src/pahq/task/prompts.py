@@ -54,9 +54,7 @@ class Prompts:
 
     def to(self, device: torch.device | str) -> Prompts:
         names = ("clean", "corrupt", "read", "read_mask", "answers", "wrong", "pad")
-        return replace(
-            self, **{n: getattr(self, n).to(device) for n in names if getattr(self, n) is not None}
-        )
+        return replace(self, **{n: getattr(self, n).to(device) for n in names if getattr(self, n) is not None})
 
 
 def last_position(
