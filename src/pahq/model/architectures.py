@@ -162,7 +162,7 @@ def read_weights(arch: Architecture, hf: Any, cfg: ModelConfig, source: Source) 
         put(f"{ours}.mlp", linear(at, "out", mlp, d), "W_out", "b_out")
         norm(f"{ours}.ln1", at + arch.ln1)
         if arch.ln2 == arch.ln1:  # one norm feeds both halves of a parallel block
-            weights |= {f"{ours}.ln2.{part}": weights[f"{ours}.ln1.{part}"] for part in "wb"}
+            weights |= {f"{ours}.ln2.{part}": weights[f"{ours}.ln1.{part}"].clone() for part in "wb"}
         else:
             norm(f"{ours}.ln2", at + arch.ln2)
     norm("ln_final", arch.prefix + arch.ln_final)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pahq.errors import PahqError
-from pahq.model.architectures import convert, lookup, refuse
+from pahq.model.architectures import convert, refuse
 from pahq.model.config import ModelConfig
 from pahq.model.sources import StateDict
 
@@ -149,18 +149,14 @@ def hf_config(path: Path, metadata: dict[str, Any], tensors: dict[str, Any], fam
     if "token_embd.weight" not in tensors:
         raise PahqError(f"GGUF file {path}: the tensor 'token_embd.weight' is missing; download it again")
     return AutoConfig.for_model(
-        lookup_type(model_type),
+        model_type,
         **fields,
         vocab_size=int(tensors["token_embd.weight"].shape[1]),
         tie_word_embeddings="output.weight" not in tensors,
         attention_bias="blk.0.attn_q.bias" in tensors or "blk.0.attn_qkv.bias" in tensors,
+        mlp_bias="blk.0.ffn_up.bias" in tensors,
         name_or_path=str(metadata.get("general.name", path.stem)),
     )
-
-
-def lookup_type(model_type: str) -> str:
-    lookup(model_type)
-    return model_type
 
 
 def rope_parameters(metadata: dict[str, Any], family: str, fraction: float) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def load_model(
     fold_ln: bool = False,
     center_writing: bool = False,
     center_unembed: bool = False,
+    tokenizer: Any = None,
 ) -> Transformer:
     """The model that ``spec`` names, ready to run.
 
@@ -40,11 +41,14 @@ def load_model(
         (state dict, configuration) in the names of either library.
     fold_ln, center_writing, center_unembed: TransformerLens' simplifications of the weights. They leave
         log-probabilities as they are.
+    tokenizer: a ``transformers`` tokenizer to use instead of the model's own (live models often bring none).
 
     Raises PahqError for unknown names, unsupported architectures and damaged or unfitting weights.
     """
-    cfg, weights, tokenizer, source, checked = gather(spec, device, dtype)
-    if fold_ln or center_writing or center_unembed:
+    simplify = fold_ln or center_writing or center_unembed
+    exact = torch.float32 if simplify and dtype.itemsize < 4 else dtype  # sums over weights want the digits
+    cfg, weights, own_tokenizer, source, checked = gather(spec, device, exact)
+    if simplify:
         from pahq.model import fold
 
         for wanted, step in (
@@ -54,7 +58,9 @@ def load_model(
         ):
             if wanted:
                 cfg, weights = step(cfg, weights)
+        weights = finish(weights, device, dtype)
         source |= {"fold_ln": fold_ln, "center_writing": center_writing, "center_unembed": center_unembed}
+    tokenizer = own_tokenizer if tokenizer is None else tokenizer
     return build(cfg, weights, tokenizer, source, check_values=not checked)
 
 
@@ -145,8 +151,9 @@ def from_gguf(path: Path, device: torch.device | str, dtype: torch.dtype, name: 
 
     def convert() -> Converted:
         cfg, weights, metadata = read_gguf(path)
-        check_weights(cfg, finish(weights, "cpu", torch.float32))
-        return cfg, weights, build_tokenizer(metadata)
+        whole = finish(weights, "cpu", torch.float32)
+        check_weights(cfg, whole)
+        return cfg, {name: whole[name] for name in weights}, build_tokenizer(metadata)
 
     cfg, weights, tokenizer = cached(path, convert)
     source = {"kind": "gguf", "file": str(path)}

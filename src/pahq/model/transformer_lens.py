@@ -79,9 +79,21 @@ def read_lens(state: Mapping[str, Tensor], config: Any) -> tuple[ModelConfig, di
         weights[ours] = checked(weight, name, table[ours][0], "state dict") if ours in table else weight.detach()
     if get("scale_attn_by_inverse_layer_idx"):
         scale_by_layer(cfg, weights)
+    if cfg.gated:
+        move_gated_bias(cfg, weights)
     if cfg.positions == "rotary":
         weights["rotary.inv_freq"] = lens_frequencies(state, get, cfg)
     return cfg, weights
+
+
+def move_gated_bias(cfg: ModelConfig, weights: dict[str, Tensor]) -> None:
+    """TransformerLens adds a gated MLP's b_in after the gate, where it is a constant of the output: into b_out."""
+    for layer in range(cfg.n_layers):
+        at = f"blocks.{layer}.mlp"
+        bias = weights.pop(f"{at}.b_in", None)
+        if bias is not None and bias.any():
+            moved = bias @ weights[f"{at}.W_out"]
+            weights[f"{at}.b_out"] = weights[f"{at}.b_out"] + moved if f"{at}.b_out" in weights else moved
 
 
 def lens_config(get: Any) -> ModelConfig:
