@@ -76,7 +76,7 @@ class PlainWatch(Watch):
         self.last = time.monotonic()
         self.say(
             f"{progress.tested:,} edges tested, {progress.kept:,} kept, {self.metric} {progress.metric:.4f}, "
-            f"at most {as_time(self.clock.left(progress))} left"
+            f"about {as_time(self.clock.left(progress))} left"
         )
 
 

@@ -1,0 +1,5 @@
+"""``python -m pahq`` is the same as ``pahq``."""
+
+from pahq.cli.app import main
+
+main()

@@ -1,0 +1,87 @@
+"""Runs that are killed at random moments; started by test_interrupt.py as a process of its own.
+
+It forks a child for every run, so that torch is imported once. It must be single-threaded before
+the first product: a thread pool does not survive a fork. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pahq.api import execute
+from pahq.evaluation.circuit import TENSOR_FILE
+from pahq.report import machine
+from pahq.report.config import RunConfig
+from pahq.report.journal import JOURNAL_FILE
+from tiny import RandomTask, transformer
+
+CONFIG = RunConfig("object:Transformer", "object:random", 2e-5, metric="kl_div", n=4)
+
+
+def start(out: Path, model: Any, task: Any) -> int:
+    """The process id of a child that runs (or resumes) the run in ``out``."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        execute(CONFIG, out, model=model, task=task)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def finish(out: Path, model: Any, task: Any) -> None:
+    """Runs to the end; raises RuntimeError if the child failed."""
+    code = os.waitstatus_to_exitcode(os.waitpid(start(out, model, task), 0)[1])
+    if code:
+        raise RuntimeError(f"a run in {out} ended with exit code {code}")
+
+
+def kill_after(seconds: float, out: Path, model: Any, task: Any) -> dict[str, Any]:
+    """Starts or resumes the run in ``out``, kills it after ``seconds``, and says how far it had come."""
+    child = start(out, model, task)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    journal = out / JOURNAL_FILE
+    return {
+        "killed": status == -signal.SIGKILL,
+        "decisions": journal.read_bytes().count(b'"order"') if journal.exists() else 0,
+        "finished": (out / "run.json").exists(),
+    }
+
+
+def main(folder: Path, kills: int) -> None:
+    torch.set_num_threads(1)
+    machine.gemm_peak = lambda *_: 1e11  # half a second of every run otherwise
+    model, task = transformer(layers=5, heads=6), RandomTask()
+    began = time.monotonic()
+    finish(folder / "whole", model, task)
+    seconds = time.monotonic() - began
+    draw = random.Random(0)
+    moments, out = [], folder / "whole"
+    results = {"whole": (folder / "whole" / TENSOR_FILE).read_bytes().hex(), "resumed": []}
+    for number in range(kills):
+        if number % 4 != 1:  # every fourth run is killed twice before it may end
+            out = folder / f"run{number}"
+        moments.append({"run": out.name, **kill_after(draw.uniform(0, seconds), out, model, task)})
+        if number % 4 != 0:
+            finish(out, model, task)
+            results["resumed"].append((out / TENSOR_FILE).read_bytes().hex())
+    print(json.dumps({**results, "moments": moments, "seconds": seconds}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,80 @@
+"""Killed at any instant, a run goes on where it was and ends in the same circuit, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tiny import save_model, save_prompts
+
+KILLS = 20
+HERE = Path(__file__).parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def test_runs_killed_at_random_moments_end_in_the_same_circuit(tmp_path: Path) -> None:
+    command = [sys.executable, str(HERE / "killed_runs.py"), str(tmp_path), str(KILLS)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    moments = found["moments"]
+    assert len(moments) == KILLS
+    # The kills must have hit something: most of them a run in the middle of its search.
+    assert sum(moment["killed"] for moment in moments) >= KILLS * 0.7, moments
+    assert sum(moment["decisions"] > 0 and not moment["finished"] for moment in moments) >= KILLS * 0.4, moments
+    assert len({moment["decisions"] for moment in moments}) > KILLS * 0.4, moments
+    assert len(found["resumed"]) == KILLS * 3 // 4
+    assert all(circuit == found["whole"] for circuit in found["resumed"]), moments
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    save_model(folder / "model", layers=5, heads=6)
+    save_prompts(folder / "prompts.jsonl", 48)
+    return folder
+
+
+def command(files: Path, out: Path) -> list[str]:
+    options = {"model": files / "model", "task": files / "prompts.jsonl", "threshold": 1e-5, "metric": "kl_div", "n": 8}
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    return [sys.executable, "-m", "pahq", "discover", *words, "--out", str(out), "--quiet"]
+
+
+def stopped(files: Path, out: Path, how: signal.Signals, decisions: int) -> tuple[int, str]:
+    """Starts a run, sends it a signal once its journal holds so many decisions: exit code and standard error."""
+    with subprocess.Popen(command(files, out), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        journal, end = out / "journal.jsonl", time.monotonic() + 100
+        while not (journal.exists() and journal.read_bytes().count(b'"order"') >= decisions):
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert time.monotonic() < end
+            time.sleep(0.002)
+        process.send_signal(how)
+        _, error = process.communicate(timeout=100)
+    assert not (out / "run.json").exists()
+    return process.returncode, error
+
+
+def test_command_line_goes_on_after_a_kill_and_after_ctrl_c(files: Path, tmp_path: Path) -> None:
+    subprocess.run(command(files, tmp_path / "whole"), check=True, env=ENVIRONMENT)
+    circuit = (tmp_path / "whole" / "circuit.safetensors").read_bytes()
+
+    code, _ = stopped(files, tmp_path / "killed", signal.SIGKILL, 300)
+    assert code == -signal.SIGKILL
+    subprocess.run(command(files, tmp_path / "killed"), check=True, env=ENVIRONMENT)  # the same command
+    assert (tmp_path / "killed" / "circuit.safetensors").read_bytes() == circuit
+
+    code, error = stopped(files, tmp_path / "asked", signal.SIGINT, 100)
+    assert code == 130
+    assert error == f"interrupted; go on with: pahq resume {tmp_path / 'asked'}\n"
+    resume = [sys.executable, "-m", "pahq", "resume", str(tmp_path / "asked"), "--quiet"]
+    done = subprocess.run(resume, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "asked" / "circuit.safetensors").read_bytes() == circuit
