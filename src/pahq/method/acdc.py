@@ -140,7 +140,7 @@ class Acdc:
         )
         order = visits(self.graph, options.head_order == "ascending", options.sender_order == "earliest")
         self.sweep = Sweep(order, Marks.full(self.graph))
-        self.speculator = Speculator(options.threshold, options.absolute, max_states)
+        self.speculator = Speculator(self.graph, options.threshold, options.absolute, max_states)
         self.decisions: list[Decision] = []
         self._since_checkpoint = 0
         self._kept = self._states = self._wasted = self._batches = 0
@@ -170,6 +170,7 @@ class Acdc:
                     "the journal belongs to another run or is damaged"
                 )
             self.sweep.decide(decision.kept)
+            self.speculator.decided((decision.row, decision.column), decision.effect)
             self._kept += decision.kept
         self.decisions = list(decisions[:usable])
         if usable:
@@ -179,7 +180,7 @@ class Acdc:
     def _batch(self) -> list[Decision]:
         """Evaluates one batch of states and takes every decision that it supports."""
         stop_at = CHECKPOINT_TESTS - self._since_checkpoint
-        batch, guesses = self.speculator.batch(self.sweep, self.speculator.max_states, stop_at)
+        batch, guesses = self.speculator.batch(self.sweep, stop_at)
         metrics, slack = self.engine.evaluate(batch)
         self._sharpen(metrics, slack, guesses)
         base = self.engine.base_metric
@@ -192,14 +193,14 @@ class Acdc:
         for state, after in enumerate(metrics.tolist()):
             edge, guess = batch.candidates[state], guesses[state]
             if not right:
-                self.speculator.learn(edge, after - guessed_metric, decided=False)
+                self.speculator.measured(edge, after - guessed_metric)
                 self._wasted += 1
             else:
                 keep = self.speculator.keeps(after - current)
                 assert self.sweep.peek() == edge
                 visit = self.sweep.at_visit  # after peek, which passes over dead receivers
                 self.sweep.decide(keep)
-                self.speculator.learn(edge, after - current, decided=True, guessed=guess)
+                self.speculator.decided(edge, after - current, guess)
                 decided.append(Decision(len(self.decisions) + len(decided), *edge, current, after, keep))
                 right = keep == guess
                 if not keep:

@@ -1,35 +1,83 @@
 """Guessing the sweep's next decisions, so that many states can be evaluated in one batch.
 
-The guess never decides anything: every decision is taken on an evaluated state that differs from
-its predecessor by just that edge, and the batch is dropped from the first wrong guess on. What was
+A guess never decides anything: every decision is taken on an evaluated state that differs from
+its predecessor by just that edge, and a batch is dropped from the first wrong guess on. What was
 dropped still tells how large those edges' effects are about, and so makes the next guess better.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 
 import numpy as np
 
 from pahq.engine.batch import Batch
+from pahq.graph import Graph
 from pahq.method.sweep import Sweep
 
-MIN_STATES, MAX_STATES = 4, 128
+MAX_STATES = 128
+START, SHORTEST = 12, 4
+"""Unfounded guesses in a row: at first, and at least."""
 HISTORY = 96
-"""Decisions whose share of kept edges sets the length of unfounded guesses."""
+"""Decisions whose share of wrong guesses sets how many are risked in a row."""
+RISK = 0.5
+"""Wrong guesses expected in a batch. More waste states, fewer make small batches."""
+
+
+class Precedents:
+    """Effects of decided edges, and what they say about the same sender's edge into another head.
+
+    A head's direct edge is tested before its input edges, and its effect is the weight of that whole
+    input; an edge's effect is guessed as the same share of it that the sender had elsewhere: in other
+    heads' inputs of that kind and layer, else in this layer, else anywhere.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._weight: dict[int, float] = {}
+        self._sums: defaultdict[tuple[object, ...], list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def _places(self, row: int, column: int) -> list[tuple[object, ...]]:
+        receiver = self.graph.receivers[row]
+        return [(receiver.layer, receiver.kind, column), (receiver.layer, column), (column,)]
+
+    def add(self, row: int, column: int, effect: float) -> None:
+        """Takes in a decided edge."""
+        effect = max(effect, 0.0)
+        if not self.graph.receivers[row].is_attention:
+            return
+        if column == self.graph.direct:
+            self._weight[row] = effect
+            return
+        for place in self._places(row, column):
+            sums = self._sums[place]
+            sums[0] += effect
+            sums[1] += self._weight.get(row, 1.0)
+
+    def effect(self, row: int, column: int) -> float | None:
+        """The effect to be expected, or None without precedent; infinite for direct edges, most of which stay."""
+        if column == self.graph.direct:
+            return float("inf")
+        if self.graph.receivers[row].is_attention:
+            for place in self._places(row, column):
+                if place in self._sums:
+                    effect, weight = self._sums[place]
+                    return effect / weight * self._weight.get(row, 1.0) if weight > 0 else None
+        return None
 
 
 class Speculator:
     """Builds batches. Its state depends on past decisions alone, never on timing: a resumed run guesses the same."""
 
-    def __init__(self, threshold: float, absolute: bool, max_states: int = MAX_STATES) -> None:
+    def __init__(self, graph: Graph, threshold: float, absolute: bool, max_states: int = MAX_STATES) -> None:
         self.threshold, self.absolute, self.max_states = threshold, absolute, max_states
-        self._effects: dict[tuple[int, int], float] = {}
+        self.precedents = Precedents(graph)
+        self._measured: dict[tuple[int, int], float] = {}
         self._surprises: deque[bool] = deque(maxlen=HISTORY)
 
     def reset(self) -> None:
-        """Forgets everything (at a checkpoint, where a resumed run starts afresh)."""
-        self._effects.clear()
+        """Forgets all but the decisions themselves (at a checkpoint, where a resumed run starts afresh)."""
+        self._measured.clear()
         self._surprises.clear()
 
     def keeps(self, effect: float) -> bool:
@@ -37,35 +85,37 @@ class Speculator:
         return not (abs(effect) if self.absolute else effect) < self.threshold
 
     def guess(self, edge: tuple[int, int]) -> bool:
-        """Whether the edge will be kept; without evidence: no, since most are not."""
-        effect = self._effects.get(edge)
+        """Whether the edge will be kept: by its effect in a neighbouring state, by precedent, or else no."""
+        effect = self._measured.get(edge)
+        if effect is None:
+            effect = self.precedents.effect(*edge)
         return effect is not None and self.keeps(effect)
 
     @property
     def reach(self) -> int:
-        """How many unfounded guesses in a row are worth while: about the run length between surprises."""
+        """How many unfounded guesses in a row are worth while."""
         if not self._surprises:
-            return 8
+            return START
         share = (sum(self._surprises) + 0.5) / (len(self._surprises) + 1)
-        return int(min(self.max_states, max(MIN_STATES, 0.7 / share)))
+        return int(min(self.max_states, max(SHORTEST, RISK / share)))
 
-    def batch(self, sweep: Sweep, limit: int, stop_at: int) -> tuple[Batch, list[bool]]:
+    def batch(self, sweep: Sweep, stop_at: int) -> tuple[Batch, list[bool]]:
         """The next states and the decisions guessed for them.
 
-        limit: states at most. stop_at: tests after which the batch ends with the visit in progress.
+        stop_at: tests after which the batch ends with the visit in progress.
         """
         future = sweep.copy()
         edges: list[tuple[int, int]] = []
         guesses: list[bool] = []
-        blind = self.reach
-        while len(edges) < min(limit, self.max_states):
+        unfounded = self.reach
+        while len(edges) < self.max_states:
             edge = future.peek()
             if edge is None:
                 break
-            if edge not in self._effects:
-                if not blind:
+            if edge not in self._measured:
+                if not unfounded:
                     break
-                blind -= 1
+                unfounded -= 1
             visit = future.at_visit
             edges.append(edge)
             guesses.append(self.guess(edge))
@@ -77,10 +127,13 @@ class Speculator:
         np.fill_diagonal(applied, True)
         return Batch(edges, applied, future.marks), guesses
 
-    def learn(self, edge: tuple[int, int], effect: float, decided: bool, guessed: bool = False) -> None:
-        """Takes in the effect of an evaluated edge, whether or not it could be decided on."""
-        if decided:
-            self._effects.pop(edge, None)
+    def decided(self, edge: tuple[int, int], effect: float, guessed: bool | None = None) -> None:
+        """Takes in a decision; guessed: None for one that was replayed."""
+        self.precedents.add(*edge, abs(effect) if self.absolute else effect)
+        if guessed is not None:
+            self._measured.pop(edge, None)
             self._surprises.append(self.keeps(effect) != guessed)
-        else:
-            self._effects[edge] = effect
+
+    def measured(self, edge: tuple[int, int], effect: float) -> None:
+        """Takes in an effect that was evaluated in a state which did not come about."""
+        self._measured[edge] = effect

@@ -32,7 +32,7 @@ class Norm:
             return F.layer_norm(x, x.shape[-1:], self.w, self.b, self.eps)
         # Not F.rms_norm: on CPUs it takes several times as long as these two passes.
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        x = x * torch.rsqrt(length.square_().div_(x.shape[-1]).add_(self.eps))
+        x = x * torch.rsqrt(length.square() / x.shape[-1] + self.eps)
         return x if self.w is None else x * self.w
 
 
