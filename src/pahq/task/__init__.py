@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from dataclasses import fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from pahq.errors import PahqError
-from pahq.task.base import SPLITS, GeneratedTask, Task
+from pahq.task.base import SPLITS, Task
+from pahq.task.custom import FileTask
+from pahq.task.docstring import Docstring
+from pahq.task.files import SUFFIXES
+from pahq.task.greaterthan import GreaterThan
+from pahq.task.induction import Induction
 from pahq.task.ioi import Ioi
 from pahq.task.prompts import Prompts
 from pahq.task.score import accuracy, logit_difference, read_logits
+from pahq.task.short import Agreement, Capital, Pronoun
 
 __all__ = [
     "SPLITS",
@@ -23,7 +30,9 @@ __all__ = [
     "read_logits",
 ]
 
-_BUILT_IN: dict[str, type[GeneratedTask]] = {cls.name: cls for cls in (Ioi,)}
+_BUILT_IN: dict[str, Any] = {
+    cls.name: cls for cls in (Ioi, GreaterThan, Docstring, Induction, Pronoun, Capital, Agreement)
+}
 
 
 def list_tasks() -> list[Task]:
@@ -31,19 +40,26 @@ def list_tasks() -> list[Task]:
     return [cls() for cls in _BUILT_IN.values()]
 
 
-def get_task(name_or_path: str, **options: Any) -> Task:
-    """A built-in task by name.
+def get_task(name_or_path: str | Path, **options: Any) -> Task:
+    """A built-in task by name, or the task of a file of prompt pairs (.jsonl, .csv, .json; see ``FileTask``).
 
-    Raises PahqError for an unknown name or option.
+    Raises PahqError for an unknown name or option, a missing file, and whatever is wrong in the file.
     """
     name = str(name_or_path)
-    if name not in _BUILT_IN:
+    path = Path(name)
+    if name in _BUILT_IN:
+        cls: Any = _BUILT_IN[name]
+        arguments = dict(options)
+    elif path.suffix.lower() in SUFFIXES:
+        if not path.is_file():
+            raise PahqError(f"task file {name}: there is no such file; check the path")
+        cls, arguments = FileTask, {"path": path, **options}
+    else:
         near = get_close_matches(name, _BUILT_IN, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(_BUILT_IN)}"
-        raise PahqError(f"task '{name}' is unknown; {hint}")
-    cls = _BUILT_IN[name]
-    known = [field.name for field in fields(cls)]
+        raise PahqError(f"task '{name}' is unknown; {hint} (or give a file: {', '.join(SUFFIXES)})")
+    known = [field.name for field in fields(cls) if field.init and field.name != "path"]
     for option in options:
         if option not in known:
             raise PahqError(f"task '{name}': option '{option}' is unknown; it has {', '.join(known)}")
-    return cls(**options)
+    return cls(**arguments)

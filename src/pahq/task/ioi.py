@@ -15,11 +15,11 @@ TEMPLATES = (
     "Then, {x} and {y} went to the {place}. {s} gave a {thing} to",
     "Later, {x} and {y} came to the {place}. {s} handed a {thing} to",
     "Today, {x} and {y} met at the {place}. {s} gave the {thing} to",
-    "Yesterday, {x} and {y} walked to the {place}. {s} passed a {thing} to",
-    "Soon, {x} and {y} got to the {place}. {s} offered the {thing} to",
-    "Once, {x} and {y} worked at the {place}. {s} sold a {thing} to",
-    "Finally, {x} and {y} returned to the {place}. {s} showed the {thing} to",
     "Again, {x} and {y} sat in the {place}. {s} gave a {thing} to",
+    "Now, {x} and {y} stood in the {place}. {s} handed the {thing} to",
+    "First, {x} and {y} walked to the {place}. {s} gave a {thing} to",
+    "Here, {x} and {y} met in the {place}. {s} handed a {thing} to",
+    "Soon, {x} and {y} drove to the {place}. {s} gave the {thing} to",
 )
 
 

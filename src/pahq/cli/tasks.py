@@ -1,0 +1,171 @@
+"""``pahq tasks``: what tasks there are, and what one looks like to a model."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pahq.errors import PahqError
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from pahq.task import Prompts, Task
+
+MEASURED = 50
+"""Examples over which ``show`` measures the model, where the task has so many."""
+ANSWERS_SHOWN = 6
+
+tasks_app = typer.Typer(help="List the tasks, or show one as a model sees it.", no_args_is_help=False)
+
+
+@tasks_app.callback(invoke_without_command=True)
+def default(context: typer.Context) -> None:
+    """List the tasks, or show one as a model sees it."""
+    if context.invoked_subcommand is None:
+        list_command()
+
+
+@tasks_app.command("list")
+def list_command() -> None:
+    """Names, descriptions and default metrics of the built-in tasks."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from pahq.task import list_tasks
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("task", "default metric", "what it asks"):
+        table.add_column(title, no_wrap=title != "what it asks")
+    for task in list_tasks():
+        table.add_row(task.name, task.default_metric, Text(task.description))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print("\nAlso: a .jsonl or .csv file with clean, corrupt, answers and wrong_answers.", markup=False)
+
+
+@tasks_app.command("show")
+def show(
+    name: Annotated[str, typer.Argument(metavar="TASK", help="A task's name, or a .jsonl, .csv or .json file.")],
+    model: Annotated[str, typer.Option(help="Embedded name, hub id, folder or .gguf file.")] = "smollm2-135m",
+    n: Annotated[int, typer.Option("--n", help="Prompts to print.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    split: Annotated[str, typer.Option(help="train, validation, test or all.")] = "validation",
+    pad: Annotated[bool, typer.Option("--pad", help="Allow prompts of unequal length (files only).")] = False,
+    bos: Annotated[bool, typer.Option("--bos", help="Start prompts with the beginning-of-sequence token.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Prompts with the tokens marked where clean and corrupt differ, and how well the model does on both."""
+    from pahq.model import load_model
+    from pahq.task import get_task
+
+    options: dict[str, Any] = {option: True for option, on in (("pad", pad), ("prepend_bos", bos)) if on}
+    task = get_task(name, **options)
+    loaded = load_model(model)
+    prompts = _as_many_as(task, loaded, n, seed, split)
+    report = _measure(task, loaded, prompts) | {"split": split, "seed": seed}
+    shown = [_pair(loaded.tokenizer, prompts, row) for row in range(n)]
+    if as_json:
+        typer.echo(json.dumps(report | {"prompts": shown}, indent=1))
+    else:
+        _print(report, shown)
+
+
+def _as_many_as(task: Task, model: Any, n: int, seed: int, split: str) -> Prompts:
+    """At least ``n`` examples, up to ``MEASURED`` where there are so many (files may be short)."""
+    if n >= MEASURED:
+        return task.prompts(model, n, seed, split)
+    wanted = task.prompts(model, n, seed, split)  # first, so that what is wrong with the task is told
+    try:
+        return task.prompts(model, MEASURED, seed, split) if n else wanted
+    except PahqError:
+        return wanted
+
+
+def _measure(task: Task, model: Any, prompts: Prompts) -> dict[str, Any]:
+    from pahq.task import logit_difference, read_logits
+
+    scores: dict[str, dict[str, float]] = {"accuracy": {}, "logit_difference": {}}
+    for side in ("clean", "corrupt"):
+        logits = read_logits(model, prompts, side)
+        scores["accuracy"][side] = task.accuracy(logits, prompts)
+        scores["logit_difference"][side] = logit_difference(logits, prompts)
+    return {
+        "task": task.name,
+        "description": task.description,
+        "model": model.config.name,
+        "examples": len(prompts),
+        "tokens": prompts.clean.shape[1],
+    } | scores
+
+
+def _pair(tokenizer: Any, prompts: Prompts, row: int) -> dict[str, Any]:
+    """One example as texts of tokens; ``differ`` and ``read`` are positions."""
+
+    def spell(ids: Any) -> list[str]:
+        return [tokenizer.decode([token]) for token in ids.tolist()]
+
+    length = prompts.clean.shape[1] if prompts.pad is None else int((~prompts.pad[row]).sum())
+    clean, corrupt = prompts.clean[row, :length], prompts.corrupt[row, :length]
+    at = prompts.read_mask[row]
+    answers, wrong = prompts.answers[row][at].flatten(), prompts.wrong[row][at].flatten()
+    return {
+        "clean": spell(clean),
+        "corrupt": spell(corrupt),
+        "differ": (clean != corrupt).nonzero().flatten().tolist(),
+        "read": prompts.read[row][at].tolist(),
+        "answers": spell(answers[answers >= 0]),
+        "wrong_answers": spell(wrong[wrong >= 0]),
+    }
+
+
+def _print(report: dict[str, Any], shown: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    colour = console.is_terminal and not console.no_color
+    console.print(f"{report['task']}: {report['description']}", markup=False)
+    for number, pair in enumerate(shown, 1):
+        console.print()
+        for side, style in (("clean", "bold green"), ("corrupt", "bold red")):
+            console.print(_marked(f"{number:>3} {side:<8}", pair[side], set(pair["differ"]), style if colour else None))
+        answers = f"    answer   {_few(pair['answers'])}"
+        if pair["wrong_answers"]:
+            answers += f", not {_few(pair['wrong_answers'])}"
+        console.print(answers, markup=False)
+    console.print()
+    console.print(
+        f"{report['model']} on {report['examples']} examples of split {report['split']} (seed {report['seed']}), "
+        f"{report['tokens']} tokens each:",
+        markup=False,
+    )
+    for side in ("clean", "corrupt"):
+        console.print(
+            f"  {side:<8} accuracy {report['accuracy'][side]:.2f}   "
+            f"logit difference {report['logit_difference'][side]:+.2f}",
+            markup=False,
+        )
+
+
+def _marked(head: str, tokens: list[str], differ: set[int], style: str | None) -> Text:
+    """The prompt on one line; differing tokens in colour, or in brackets where there is none."""
+    from rich.text import Text
+
+    line = Text(head)
+    for position, token in enumerate(tokens):
+        token = token.replace("\n", "\\n")
+        if position not in differ:
+            line.append(token)
+        elif style:
+            line.append(token, style=style)
+        else:
+            line.append(f"[{token}]")
+    return line
+
+
+def _few(answers: list[str]) -> str:
+    more = f" … ({len(answers)} in all)" if len(answers) > ANSWERS_SHOWN else ""
+    return " ".join(f"'{answer}'" for answer in answers[:ANSWERS_SHOWN]) + more

@@ -1,0 +1,131 @@
+"""The task made of the user's own prompt pairs."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from pahq.errors import PahqError
+from pahq.model.transformer import Transformer
+from pahq.task.base import SPLITS, Task, check_request, share
+from pahq.task.files import Row, read_rows
+from pahq.task.prompts import Prompts, pad_ids
+from pahq.task.tokens import Tokens
+
+
+@dataclass
+class FileTask(Task):
+    """Prompt pairs of a file, read at their last token.
+
+    The rows, shuffled by the seed, are dealt to the three splits in turn; split ``all`` takes them in file order.
+    pad: allow prompts of unequal length (padded on the right; the padding is never read). The two prompts of
+    one pair must have the same length even so. prepend_bos: start every prompt with that token.
+    """
+
+    path: Path
+    pad: bool = False
+    prepend_bos: bool = False
+    rows: list[Row] = field(init=False, repr=False)
+
+    default_metric = "logit_diff"
+
+    def __post_init__(self) -> None:
+        self.rows = read_rows(self.path)
+        self.name = str(self.path)
+        self.description = f"{len(self.rows)} prompt pairs of {self.path.name}"
+
+    def prompts(self, model: Transformer, n: int, seed: int = 0, split: str = "validation") -> Prompts:
+        check_request(self.name, n, split)
+        tokens = Tokens(model, self.name, self.prepend_bos)
+        if self.pad and not model.config.causal:
+            raise PahqError(
+                f"{self.path}: padding would be seen by {model.config.name}, which is not causal; leave pad off"
+            )
+        order = list(range(len(self.rows)))
+        if split != "all":
+            random.Random(f"rows {seed}").shuffle(order)
+        chosen = [index for position, index in enumerate(order) if share(position, split)]
+        if len(chosen) < n:
+            whole = "" if split == "all" else f" ({len(SPLITS)} splits share {len(order)} rows)"
+            raise PahqError(
+                f"{self.path}: {n} examples asked for, but split '{split}' has {len(chosen)}{whole}; "
+                f"ask for fewer{'' if split == 'all' else ', add rows, or take split all'}"
+            )
+        encoded = [self._encode(tokens, row) for row in self.rows]  # all of them, so that no fault depends on the seed
+        if not self.pad:
+            first = len(encoded[0][0])
+            for row, (clean, *_) in zip(self.rows, encoded, strict=True):
+                if len(clean) != first:
+                    raise PahqError(
+                        f"{self.path}: {row.where} has {len(clean)} tokens, but {self.rows[0].where} has {first}; "
+                        "make all prompts equally long, or allow padding (pad)"
+                    )
+        return _pack(
+            [encoded[index] for index in chosen[:n]],
+            tuple((self.rows[index].clean, self.rows[index].corrupt) for index in chosen[:n]),
+            tokens.tokenizer.eos_token_id or 0,
+            self.pad,
+        ).to(model.device)
+
+    def _encode(self, tokens: Tokens, row: Row) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Ids of the clean prompt, the corrupt one, the right answers and the wrong ones."""
+        clean, corrupt = tokens.prompt(row.clean), tokens.prompt(row.corrupt)
+        if not clean or len(clean) != len(corrupt):
+            raise PahqError(
+                f"{self.path}: {row.where}: clean has {len(clean)} tokens and corrupt {len(corrupt)}; make them equal"
+            )
+        for token in (*clean, *corrupt):
+            if not 0 <= token < tokens.d_vocab:
+                raise PahqError(f"{self.path}: {row.where}: token {token} is not in the model's vocabulary")
+        right, wrong = ([self._answer(tokens, row, a) for a in side] for side in (row.answers, row.wrong))
+        both = set(right) & set(wrong)
+        if both:
+            text = tokens.decode([min(both)])
+            raise PahqError(f"{self.path}: {row.where}: '{text}' is a right and a wrong answer; remove one")
+        return clean, corrupt, right, wrong
+
+    def _answer(self, tokens: Tokens, row: Row, answer: str | int) -> int:
+        if isinstance(answer, int):
+            if not 0 <= answer < tokens.d_vocab:
+                raise PahqError(
+                    f"{self.path}: {row.where}: answer token {answer} is not among the model's {tokens.d_vocab}; "
+                    "the file was made for another tokenizer"
+                )
+            return answer
+        token = tokens.answer(row.clean, answer)
+        if token is None:
+            count = len(tokens.after(row.clean, answer) or tokens.raw(answer))
+            why = f"{count} tokens" if count != 1 else "no token of its own that continues the prompt"
+            raise PahqError(
+                f"{self.path}: {row.where}: answer '{answer}' is {why} with this tokenizer; it must be one "
+                "(mind the space before it)"
+            )
+        return token
+
+
+def _pack(
+    rows: list[tuple[list[int], list[int], list[int], list[int]]],
+    texts: tuple[tuple[str, str], ...],
+    filler: int,
+    pad: bool,
+) -> Prompts:
+    """Pads on the right and reads each row at its own last token."""
+    lengths = [len(clean) for clean, *_ in rows]
+    longest = max(lengths)
+    clean, corrupt = (
+        torch.tensor([row[side] + [filler] * (longest - len(row[side])) for row in rows]) for side in (0, 1)
+    )
+    read = torch.tensor(lengths)[:, None] - 1
+    return Prompts(
+        clean=clean,
+        corrupt=corrupt,
+        read=read,
+        read_mask=torch.ones_like(read, dtype=torch.bool),
+        answers=pad_ids([row[2] for row in rows])[:, None, :],
+        wrong=pad_ids([row[3] for row in rows])[:, None, :],
+        pad=torch.arange(longest) > read if pad else None,
+        texts=texts,
+    )
