@@ -41,6 +41,12 @@ def test_unknown_name() -> None:
         load_model(({"a": 1}, {}))
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
+def test_absent_device(device: str) -> None:
+    with pytest.raises(PahqError, match=f"device '{device}': cannot be used here"):
+        load_model(random_model("gpt2"), device=device)
+
+
 def test_offline_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*args: object, **kwargs: object) -> str:
         raise ConnectionError

@@ -71,6 +71,25 @@ def test_damaged_weights_of_a_gguf_are_found(tmp_path: Path, own_cache: Path) ->
         load_model(tmp_path / "absent.gguf")
 
 
+def test_metadata_that_describe_no_model(tmp_path: Path, own_cache: Path) -> None:
+    model = random_model("llama")
+    for field, value in (
+        ("num_attention_heads", 5),
+        ("head_dim", 7),
+        ("num_key_value_heads", 3),
+        ("max_position_embeddings", 2**31),
+    ):
+        before = getattr(model.config, field)
+        object.__setattr__(model.config, field, value)
+        write_gguf(tmp_path / "model.gguf", "qwen2", model)
+        with pytest.raises(PahqError, match=r"model\.gguf: |key/value groups"):
+            load_model(tmp_path / "model.gguf")
+        object.__setattr__(model.config, field, before)
+    write_gguf(tmp_path / "merges.gguf", "llama", model, VOCABULARY | {"tokenizer.ggml.merges": ["a z"]})
+    with pytest.raises(PahqError, match="vocabulary is damaged"):
+        load_model(tmp_path / "merges.gguf")
+
+
 # Tokenizers
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from pahq.errors import PahqError
@@ -74,8 +74,13 @@ def cached(path: Path, convert: Callable[[], Converted]) -> tuple[ModelConfig, d
 
 
 def checksum(weights: Mapping[str, Tensor]) -> int:
-    """Sum of all 32-bit words: exact, independent of order and threads, as fast as memory."""
-    return sum(int(weight.contiguous().view(torch.int32).sum()) for weight in weights.values())
+    """Sum of all 64-bit words (and odd bytes): exact, independent of order and threads, as fast as memory."""
+    total = 0
+    for weight in weights.values():
+        octets = weight.contiguous().numpy().reshape(-1).view(np.uint8)
+        whole = octets.size // 8 * 8
+        total += int(octets[:whole].view(np.int64).sum()) + int(octets[whole:].sum())
+    return total
 
 
 def store(folder: Path, converted: Converted) -> None:

@@ -113,5 +113,8 @@ def read_pair(state: Mapping[str, Tensor], hf: Any) -> tuple[ModelConfig, dict[s
         from transformers import AutoConfig
 
         lookup(hf.get("model_type"))
-        hf = AutoConfig.for_model(**hf)
+        try:
+            hf = AutoConfig.for_model(**hf)
+        except Exception as error:  # transformers validates with many exception types
+            raise PahqError(f"model configuration: not valid ({error}); correct it") from None
     return convert(hf, StateDict(state, lookup(getattr(hf, "model_type", None)).prefix))

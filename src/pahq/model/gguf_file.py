@@ -87,6 +87,9 @@ class Dequantised(Mapping[str, Tensor]):
             ) from None
         return self.fix(name, torch.from_numpy(np.array(values, dtype=np.float32)))
 
+    def __contains__(self, name: object) -> bool:  # the mixin's would unpack the tensor to find out
+        return name in self.tensors
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 
@@ -103,7 +106,15 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any
     if family not in FAMILIES:
         raise refuse(f"the GGUF architecture '{family}'", f"known are {', '.join(FAMILIES)}")
     model_type, table = FAMILIES[family]
-    hf = hf_config(path, metadata, tensors, family, model_type)
+    try:
+        hf = hf_config(path, metadata, tensors, family, model_type)
+    except PahqError:
+        raise
+    except Exception as error:  # transformers validates with many exception types
+        reason = str(error).strip().splitlines()[-1:]
+        raise PahqError(
+            f"GGUF file {path}: its metadata describe no valid model ({' '.join(reason)}); download it again"
+        ) from None
     names = get_tensor_name_map(MODEL_ARCH[table], hf.num_hidden_layers)
 
     def rename(name: str) -> str:
@@ -134,6 +145,10 @@ def hf_config(path: Path, metadata: dict[str, Any], tensors: dict[str, Any], fam
             value = value[0]
         if value is not None:
             fields[field] = value
+    if fields["max_position_embeddings"] > 2**24:  # tables of positions would fill the memory
+        raise PahqError(
+            f"GGUF file {path}: a context of {fields['max_position_embeddings']} tokens is not credible; download it again"
+        )
     d_head = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
     fields["head_dim"] = d_head
     if model_type in ("gpt2", "gptj"):
@@ -180,13 +195,13 @@ def layout_fix(family: str, heads: int, groups: int) -> Callable[[str, Tensor], 
     def llama(name: str, weight: Tensor) -> Tensor:
         """Rows of q and k come paired (0, 1), (2, 3), …; transformers pairs i with i + half."""
         for part, count in ((".attn_q.", heads), (".attn_k.", groups)):
-            if part in name:
+            if part in name and len(weight) % (2 * count) == 0:  # else the shape is wrong, and is reported later
                 return weight.view(count, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
         return weight
 
     def gptneox(name: str, weight: Tensor) -> Tensor:
         """q, k and v come in thirds; transformers keeps them together head by head."""
-        if ".attn_qkv." in name:
+        if ".attn_qkv." in name and len(weight) % (3 * heads) == 0:
             return weight.view(3, heads, -1, *weight.shape[1:]).transpose(0, 1).reshape(weight.shape)
         return weight
 

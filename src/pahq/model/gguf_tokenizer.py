@@ -28,14 +28,16 @@ def build_tokenizer(metadata: dict[str, Any]) -> tuple[Any, dict[str, Any]] | No
     kind, tokens = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "tokens"))
     if not tokens or kind in (None, "none", "no_vocab"):
         return None
-    if kind == "gpt2":
-        tokenizer = byte_level(metadata, tokens)
-    elif kind == "llama":
-        tokenizer = sentencepiece(metadata, tokens)
-    else:
+    builders = {"gpt2": byte_level, "llama": sentencepiece}
+    if kind not in builders:
         raise PahqError(f"GGUF tokenizer: the kind '{kind}' is not supported; known are gpt2 and llama")
-    special = add_special_tokens(tokenizer, metadata, tokens)
-    return tokenizer, special
+    try:
+        tokenizer = builders[kind](metadata, tokens)
+        return tokenizer, add_special_tokens(tokenizer, metadata, tokens)
+    except PahqError:
+        raise
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise PahqError(f"GGUF tokenizer: its vocabulary is damaged ({error}); download the file again") from None
 
 
 def merges_of(metadata: dict[str, Any]) -> list[tuple[str, str]]:

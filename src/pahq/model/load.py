@@ -43,8 +43,13 @@ def load_model(
         log-probabilities as they are.
     tokenizer: a ``transformers`` tokenizer to use instead of the model's own (live models often bring none).
 
-    Raises PahqError for unknown names, unsupported architectures and damaged or unfitting weights.
+    Raises PahqError for unknown names, unsupported architectures, damaged or unfitting weights, absent devices.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # builds without a backend raise the latter
+        reason = str(error).partition("\n")[0]
+        raise PahqError(f"device '{device}': cannot be used here ({reason}); use 'cpu' or another device") from None
     simplify = fold_ln or center_writing or center_unembed
     exact = torch.float32 if simplify and dtype.itemsize < 4 else dtype  # sums over weights want the digits
     cfg, weights, own_tokenizer, source, checked = gather(spec, device, exact)
