@@ -117,7 +117,7 @@ class BatchPass:
         self.state, self.nodes, self.batch = state, nodes, batch
         self.graph: Graph = state.graph
         self.rows: dict[Key, tuple[int, Tensor]] = {}
-        self._written: dict[int, tuple[int, Tensor]] = {}
+        self._written: dict[int, Tensor] = {}
         self._uses: dict[int, int] = {}
 
     def run(self, steps: list[Step]) -> tuple[int, Tensor] | None:
@@ -153,29 +153,29 @@ class BatchPass:
         x = base.expand(count, *base.shape).clone()
         if step.removed:
             columns = [self.batch.candidates[i][1] for i in step.removed]
-            gaps = torch.stack([self.state.difference(c, step.level).expand_as(base).reshape(-1) for c in columns])
             applied = torch.from_numpy(self.batch.applied[step.first :][:, step.removed]).to(x)
-            x.view(count, -1).addmm_(applied, gaps, alpha=-1)
+            self.state.differences.subtract(x, applied, columns, step.level)
         for sender in step.senders:
-            first, gap = self._change(sender)
-            level = Reach(int(self.batch.marks.reach[sender]))
-            x[first - step.first :] += self.state.spans.narrow(gap, level, step.level)
-            self._uses[sender] -= 1
-            if not self._uses[sender]:
-                self._written.pop(sender, None)
+            self._add_change(x, step, sender)
         self.rows["x", step.row, 0] = (step.first, x)
         return x
 
-    def _change(self, column: int) -> tuple[int, Tensor]:
-        """(first state, what the sender writes beyond the base state [S', B, P, d]); kept until its last reader."""
+    def _add_change(self, x: Tensor, step: Step, column: int) -> None:
+        """Adds to x [S', B, P, d] what a sender writes beyond the base state; its last reader lets go of that."""
+        sender, level = self.graph.senders[column], Reach(int(self.batch.marks.reach[column]))
+        first = self.rows["out", column, 0][0]
+        part = x[first - step.first :]
+        self._uses[column] -= 1
         if column not in self._written:
-            first, value = self.rows["out", column, 0]
-            gap = value - self.state.output(column, Reach(int(self.batch.marks.reach[column])))
-            sender = self.graph.senders[column]
-            if sender.kind == "head":
-                gap = self.nodes.write(gap, sender.layer, sender.index)
-            self._written[column] = (first, gap)
-        return self._written[column]
+            gap = self.rows["out", column, 0][1] - self.state.output(column, level)
+            if sender.kind == "head" and not self._uses[column]:  # the only reader: write straight into its input
+                gap = self.state.spans.narrow(gap, level, step.level)
+                self.nodes.write_into(part, gap, sender.layer, sender.index)
+                return
+            self._written[column] = self.nodes.write(gap, sender.layer, sender.index) if sender.kind == "head" else gap
+        part += self.state.spans.narrow(self._written[column], level, step.level)
+        if not self._uses[column]:
+            del self._written[column]
 
     def _attention_receiver(self, step: Step) -> None:
         """q, k or v of one receiver in the states that change it."""

@@ -83,6 +83,11 @@ class Nodes:
         self.flops.add("out", z.numel() * self.model.config.d_model)
         return z @ self.model.blocks[layer].attn.W_O[head]
 
+    def write_into(self, x: Tensor, z: Tensor, layer: int, head: int) -> None:
+        """x [..., d] += what z [..., dh] of one head writes, in place."""
+        self.flops.add("out", z.numel() * self.model.config.d_model)
+        x.view(-1, x.shape[-1]).addmm_(z.reshape(-1, z.shape[-1]), self.model.blocks[layer].attn.W_O[head])
+
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     """q [S or 1, B, P, dh], k [S or 1, B, T, dh] -> [S, B, P, T]; a shared side is multiplied with all states at once."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pahq.engine.differences import Differences
 from pahq.engine.marks import Marks, Reach
 from pahq.engine.nodes import Nodes
 from pahq.engine.reference import Run
@@ -13,9 +14,6 @@ from pahq.graph import Graph, Receiver
 
 Key = tuple[str, int, int]
 """("x", row, 0): a receiver's input; ("q", layer, head), ("k" or "v", layer, group); ("out", column, 0)."""
-
-DIFFERENCE_BYTES = 1 << 29
-"""Memory for sender differences kept at all positions; the least recently used go first."""
 
 
 class State:
@@ -30,8 +28,7 @@ class State:
         self.changed: dict[Key, Tensor] = {}
         self._prefix: dict[Key, Tensor] = {}
         self._clean: dict[tuple[str, int, int, Reach], Tensor] = {}
-        self._differences: dict[tuple[int, Reach], Tensor] = {}
-        self._bytes = 0
+        self.differences = Differences(graph, clean, reference, spans, nodes)
 
     def input(self, row: int, level: Reach) -> Tensor:
         """A receiver's input in the base state: [B, P, d]."""
@@ -70,23 +67,6 @@ class State:
         stored = self.changed.get(("out", column, 0))
         return self.spans.take(self.clean.sender(self.graph.senders[column]), level) if stored is None else stored
 
-    def difference(self, column: int, level: Reach) -> Tensor:
-        """What removing an edge from an untouched sender takes away: (clean - reference) [B, P, d]."""
-        key = (column, level)
-        found = self._differences.pop(key, None)
-        if found is None:
-            sender = self.graph.senders[column]
-            found = self.spans.take(self.clean.sender(sender), level)
-            found = found - self.spans.take(self.reference.sender(sender), level)
-            if sender.kind == "head":
-                found = self.nodes.write(found, sender.layer, sender.index)
-            self._bytes += found.nbytes
-            while self._bytes > DIFFERENCE_BYTES and self._differences:
-                oldest = next(iter(self._differences))
-                self._bytes -= self._differences.pop(oldest).nbytes
-        self._differences[key] = found
-        return found
-
     def patched_input(self, row: int, marks: Marks, level: Reach) -> Tensor:
         """A receiver's input afresh: reference + sum over present edges of (sender now - sender in reference)."""
         receiver, spans = self.graph.receivers[row], self.spans
@@ -96,7 +76,7 @@ class State:
         for column in present:
             sender = self.graph.senders[column]
             if ("out", column, 0) not in self.changed:
-                x += self.difference(column, level)
+                x += self.differences.one(column, level)
                 continue
             now = spans.narrow(
                 self.output(column, Reach(int(marks.reach[column]))), Reach(int(marks.reach[column])), level

@@ -33,7 +33,7 @@ class Norm:
         # Not F.rms_norm: on CPUs it takes several times as long as these two passes.
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         x = x * torch.rsqrt(length.square() / x.shape[-1] + self.eps)
-        return x if self.w is None else x * self.w
+        return x if self.w is None else x.mul_(self.w)
 
 
 def activate(x: Tensor, act: Activation) -> Tensor:
