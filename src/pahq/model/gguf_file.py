@@ -145,10 +145,9 @@ def hf_config(path: Path, metadata: dict[str, Any], tensors: dict[str, Any], fam
             value = value[0]
         if value is not None:
             fields[field] = value
-    if fields["max_position_embeddings"] > 2**24:  # tables of positions would fill the memory
-        raise PahqError(
-            f"GGUF file {path}: a context of {fields['max_position_embeddings']} tokens is not credible; download it again"
-        )
+    n_ctx = fields["max_position_embeddings"]
+    if n_ctx > 2**24:  # tables of positions would fill the memory
+        raise PahqError(f"GGUF file {path}: a context of {n_ctx} tokens is not credible; download it again")
     d_head = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
     fields["head_dim"] = d_head
     if model_type in ("gpt2", "gptj"):
