@@ -3,9 +3,10 @@
 Around an anchor state whose probabilities p are known in full, another state's sum is
 ``sum p_v exp(x_v)`` with ``x_v`` the change of a logit. Tokens that carry nearly all probability are
 summed exactly; the tail T enters as ``P_T exp(mean of x over T)``, which leaves out a factor of
-about exp(variance of x over T / 2): second order in a small change, but without bound in a large one,
-and the estimate of the error says so. How large it is gets measured whenever a new anchor is set; states closer to a decision's threshold than a
-multiple of it are evaluated in full. So a screen saves work but takes no decision it cannot bear.
+about exp(variance of x over T / 2): second order in a small change, but without bound in a large
+one. How far that estimate holds gets measured whenever a new anchor is set; states closer to a
+decision's threshold than a multiple of it are evaluated in full. So a screen saves work but takes
+no decision it cannot bear.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Screen:
             slab = (rows @ self.columns[:, part]).view(states, n, -1)
             top += slab.add_(self.log_bias[:, part]).exp_().sum(-1)
         tail = self.tail * (change * self.tail_mean).sum(-1).double().exp()
-        # exp(variance / 2): what the mean leaves out if x is normal over the tail; half the variance while that is small
+        # what the mean leaves out if x is normally distributed over the tail
         variance = self.spread * change.square().sum(-1).double()
         estimate = (tail * torch.expm1(0.5 * variance) / (top + tail)).clamp(max=1e6)
         return self.total + (top + tail).log(), estimate
