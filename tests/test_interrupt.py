@@ -25,19 +25,17 @@ def test_runs_killed_at_random_moments_end_in_the_same_circuit(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     moments = found["moments"]
-    assert len(moments) == KILLS
-    # The kills must have hit something: most of them a run in the middle of its search.
-    assert sum(moment["killed"] for moment in moments) >= KILLS * 0.7, moments
-    assert sum(moment["decisions"] > 0 and not moment["finished"] for moment in moments) >= KILLS * 0.4, moments
-    assert len({moment["decisions"] for moment in moments}) > KILLS * 0.4, moments
-    assert len(found["resumed"]) == KILLS * 3 // 4
+    assert len(moments) >= KILLS
+    # Most kills must have hit a run in the middle of its search, at different places.
+    assert sum(moment["decisions"] > 0 and not moment["finished"] for moment in moments) >= KILLS // 2, moments
+    assert len({moment["decisions"] for moment in moments}) >= KILLS // 2, moments
     assert all(circuit == found["whole"] for circuit in found["resumed"]), moments
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
-    save_model(folder / "model", layers=5, heads=6)
+    save_model(folder / "model", layers=5, heads=8)
     save_prompts(folder / "prompts.jsonl", 48)
     return folder
 

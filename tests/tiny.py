@@ -106,8 +106,8 @@ def save_prompts(file: Path, count: int = 24) -> None:
             {
                 "clean": " ".join(f"w{i}" for i in clean),
                 "corrupt": " ".join(f"w{i}" for i in corrupt),
-                "answers": [f"w{right}"],
-                "wrong_answers": [f"w{right + 1}"],
+                "answers": [f" w{right}"],
+                "wrong_answers": [f" w{right + 1}"],
             }
         )
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))

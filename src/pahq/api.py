@@ -190,8 +190,8 @@ class _Run:
             before["resumes"] = before.get("resumes", 0) + 1
             cut_journal(path, decisions, before, graph.edge_name)
             self.watch.say(f"going on after {len(decisions):,} decisions")
-        acdc = Acdc(model, prompts, _options(c))
         start = time.perf_counter()
+        acdc = Acdc(model, prompts, _options(c))
 
         def spent(states: int, wasted: int) -> dict[str, Any]:
             flops = dict(before.get("flops", {}))
