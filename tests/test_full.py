@@ -9,7 +9,7 @@ from hypothesis import given
 
 import oracle
 from pahq.engine import full
-from pahq.engine.full import patched_logits
+from pahq.engine.full import FullEvaluator, patched_logits
 from pahq.engine.reference import reference_run
 from pahq.errors import PahqError
 from pahq.graph import Graph
@@ -56,12 +56,25 @@ def test_pieces_and_a_shared_reference_change_nothing(case: Case) -> None:
     mask = graph.edges & (rng.random(graph.shape) < 0.5)
     whole = patched_logits(case.model, case.prompts, graph, mask, case.ablation)
     reference = reference_run(case.model, case.prompts, case.ablation, graph.split_pos)
-    shared = patched_logits(case.model, case.prompts, graph, mask, case.ablation, reference=reference)
+    shared = FullEvaluator(case.model, case.prompts, graph, case.ablation, reference).logits(mask)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(full, "CHUNK_BYTES", 1)
         pieces = patched_logits(case.model, case.prompts, graph, mask, case.ablation)
     torch.testing.assert_close(shared, whole, rtol=0, atol=1e-12)
     torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-10)
+
+
+@drawn(60)
+@given(case=cases())
+def test_layers_that_nothing_visited_reaches_may_be_skipped(case: Case) -> None:
+    graph, rng = case.graph, np.random.default_rng(case.seed)
+    whole, later = (FullEvaluator(case.model, case.prompts, graph, case.ablation) for _ in range(2))
+    for layer in rng.permutation(case.model.config.n_layers + 1).tolist():
+        visited = np.array([receiver.layer >= layer for receiver in graph.receivers])
+        kept = (rng.random(graph.shape) < 0.5) | ~visited[:, None]
+        mask = graph.edges & kept
+        expected = whole.logits(mask, visited)
+        torch.testing.assert_close(later.logits(mask, visited, layer), expected, rtol=0, atol=1e-10)
 
 
 def test_mask_of_another_graph_is_refused() -> None:

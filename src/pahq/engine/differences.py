@@ -1,4 +1,4 @@
-"""What removed edges take away from a receiver: (clean - reference) of each sender, as it enters the residual stream."""
+"""What removed edges take away from a receiver: (clean - reference) of each sender, in the residual stream."""
 
 from __future__ import annotations
 

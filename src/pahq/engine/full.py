@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pahq.engine.reference import Run, reference_run
+from pahq.engine.reference import Run, reference_run, run
 from pahq.errors import PahqError
 from pahq.graph import Graph, Receiver, Sender
 from pahq.graph.nodes import ReceiverKind
@@ -28,14 +28,12 @@ def patched_logits(
     mask: np.ndarray,
     ablation: str = "resample",
     visited: np.ndarray | None = None,
-    reference: Run | None = None,
 ) -> Tensor:
     """Logits [N, P, V] at ``prompts.read`` of the model whose only edges are those of ``mask``.
 
     mask: bool [n_receivers, n_senders + 1]. visited: bool [n_receivers], the receivers whose input is
     reference + sum over present edges of (sender now - sender in the reference run); the others read the
-    ordinary residual stream (all are visited by default). reference: the run of ``reference_run`` for
-    these very prompts, where many masks are evaluated on them; then the prompts are one piece.
+    ordinary residual stream (all are visited by default).
     Raises PahqError for a mask of another shape or an unknown ablation.
     """
     if mask.shape != graph.shape:
@@ -43,34 +41,59 @@ def patched_logits(
             f"mask: its shape {list(mask.shape)} does not fit the {list(graph.shape)} receivers and senders of "
             f"{graph.config.name}; take the mask of a circuit of this model with the same graph options"
         )
-    if visited is None:
-        visited = np.ones(len(graph.receivers), dtype=bool)
-    if reference is not None:
-        return _Pass(model, graph, mask, visited, reference).logits(prompts)
     shared = reference_run(model, prompts, ablation, graph.split_pos) if ablation == "mean" else None
     values = (len(graph.senders) + 4 * model.config.n_heads) * prompts.clean.shape[1] * model.config.d_model
     step = max(1, CHUNK_BYTES // (values * model.dtype.itemsize))
     out = []
     for start in range(0, len(prompts), step):
         piece = prompts[start : start + step]
-        run = reference_run(model, piece, ablation, graph.split_pos) if shared is None else shared
-        out.append(_Pass(model, graph, mask, visited, run).logits(piece))
+        out.append(FullEvaluator(model, piece, graph, ablation, shared).logits(mask, visited))
     return torch.cat(out)
 
 
-class _Pass:
-    """One patched forward pass. ``delta`` [senders, N, T, d]: each sender's value now - in the reference run."""
+class FullEvaluator:
+    """Patched forward passes over one set of prompts, as many as wanted.
 
-    def __init__(self, model: Transformer, graph: Graph, mask: np.ndarray, visited: np.ndarray, ref: Run) -> None:
-        self.model, self.graph, self.mask, self.visited, self.ref = model, graph, mask, visited, ref
+    reference: the run of ``reference_run`` for these prompts, made here if not given.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        prompts: Prompts,
+        graph: Graph,
+        ablation: str = "resample",
+        reference: Run | None = None,
+    ) -> None:
+        self.model, self.prompts, self.graph = model, prompts, graph
+        self.ref = reference_run(model, prompts, ablation, graph.split_pos) if reference is None else reference
+        # delta [senders, N, T, d]: each sender's value now - in the reference run
+        shape = (len(graph.senders), *prompts.clean.shape, model.config.d_model)
+        self.delta = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self._clean: Run | None = None
+        self._altered_from = 0  # senders of layers below still have their clean differences
 
     @torch.no_grad()
-    def logits(self, prompts: Prompts) -> Tensor:
-        model, graph, ref, cfg = self.model, self.graph, self.ref, self.model.config
-        tokens = prompts.clean
-        where = torch.arange(tokens.shape[1], device=model.device)
-        self.delta = torch.zeros(len(graph.senders), *tokens.shape, cfg.d_model, dtype=model.dtype, device=model.device)
-        embed, pos = model.embed(tokens)
+    def logits(self, mask: np.ndarray, visited: np.ndarray | None = None, from_layer: int = 0) -> Tensor:
+        """Logits [N, P, V] at the positions read; mask and visited as for ``patched_logits``.
+
+        from_layer: layers below are taken from the clean run (none of their receivers may be visited).
+        """
+        model, graph, ref, prompts = self.model, self.graph, self.ref, self.prompts
+        self.mask = mask
+        self.visited = np.ones(len(graph.receivers), dtype=bool) if visited is None else visited
+        where = torch.arange(prompts.clean.shape[1], device=model.device)
+        x = self._resume(from_layer) if from_layer else self._start()
+        self._altered_from = from_layer
+        for layer in range(from_layer, model.config.n_layers):
+            x = self._layer(x, layer, where)
+        final = self._inputs([graph.receiver_index[Receiver("logits", model.config.n_layers)]], x, ref.final)[0]
+        return model.unembed(final[torch.arange(len(prompts), device=model.device)[:, None], prompts.read])
+
+    def _start(self) -> Tensor:
+        """The embeddings: [N, T, d]."""
+        graph, ref = self.graph, self.ref
+        embed, pos = self.model.embed(self.prompts.clean)
         if pos is None:
             x, parts = embed, [embed]
         else:
@@ -78,22 +101,36 @@ class _Pass:
             parts = [embed, pos[None]] if graph.split_pos else [x]
         for column, value in enumerate(parts):
             self.delta[column] = value - ref.sender(graph.senders[column])
-        for layer, block in enumerate(model.blocks):
-            q, k, v = (self._computed(x, layer, which, where) for which in "qkv")
-            z = model.attend(q, k, v)
-            heads = slice(self._column("head", layer), self._column("head", layer) + cfg.n_heads)
-            torch.matmul((z - ref.z[layer]).transpose(0, 1), block.attn.W_O[:, None], out=self.delta[heads])
-            middle = x + torch.einsum("nhtc,hcd->ntd", z, block.attn.W_O)
-            middle = middle if block.attn.b_O is None else middle + block.attn.b_O
-            if block.mlp is not None and block.ln2 is not None:
-                row = graph.receiver_index[Receiver("mlp", layer)]
-                read = self._inputs([row], x if cfg.parallel else middle, ref.mlp_in[layer])[0]
-                out = block.mlp(block.ln2(read))
-                self.delta[self._column("mlp", layer)] = out - ref.mlp[layer]
-                middle = middle + out
-            x = middle
-        final = self._inputs([graph.receiver_index[Receiver("logits", cfg.n_layers)]], x, ref.final)[0]
-        return model.unembed(final[torch.arange(len(prompts), device=model.device)[:, None], prompts.read])
+        return x
+
+    def _resume(self, layer: int) -> Tensor:
+        """The clean run's residual stream before a layer [N, T, d]; all senders below are as in the clean run."""
+        graph, ref = self.graph, self.ref
+        if self._clean is None:
+            self._clean = run(self.model, self.prompts.clean, graph.split_pos)
+        for column, sender in enumerate(graph.senders):
+            if self._altered_from <= sender.layer < layer or (sender.layer < 0 and self._altered_from <= 0):
+                gap = self._clean.sender(sender) - ref.sender(sender)
+                is_head = sender.kind == "head"
+                self.delta[column] = gap @ self.model.blocks[sender.layer].attn.W_O[sender.index] if is_head else gap
+        return self._clean.final if layer == self.model.config.n_layers else self._clean.attn_in[layer]
+
+    def _layer(self, x: Tensor, layer: int, where: Tensor) -> Tensor:
+        """The residual stream before a layer [N, T, d] -> after it."""
+        graph, ref, cfg, block = self.graph, self.ref, self.model.config, self.model.blocks[layer]
+        q, k, v = (self._computed(x, layer, which, where) for which in "qkv")
+        z = self.model.attend(q, k, v)
+        heads = slice(self._column("head", layer), self._column("head", layer) + cfg.n_heads)
+        torch.matmul((z - ref.z[layer]).transpose(0, 1), block.attn.W_O[:, None], out=self.delta[heads])
+        middle = x + torch.einsum("nhtc,hcd->ntd", z, block.attn.W_O)
+        middle = middle if block.attn.b_O is None else middle + block.attn.b_O
+        if block.mlp is not None and block.ln2 is not None:
+            row = graph.receiver_index[Receiver("mlp", layer)]
+            read = self._inputs([row], x if cfg.parallel else middle, ref.mlp_in[layer])[0]
+            out = block.mlp(block.ln2(read))
+            self.delta[self._column("mlp", layer)] = out - ref.mlp[layer]
+            middle = middle + out
+        return middle
 
     def _column(self, kind: str, layer: int) -> int:
         """Column of the layer's MLP, or of its first head."""

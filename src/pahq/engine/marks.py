@@ -49,7 +49,7 @@ class Marks:
 
     def level(self, row: int) -> Reach:
         """Where a receiver's input matters, given that everything after it is decided."""
-        graph, receiver = self.graph, self.graph.receivers[row]
+        receiver = self.graph.receivers[row]
         if receiver.kind == "logits":
             return Reach.READ
         return Reach.NOWHERE if self.direct_cut(row) else self.consumers_reach(receiver)

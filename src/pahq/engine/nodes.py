@@ -67,7 +67,8 @@ class Nodes:
     def mlp(self, x: Tensor, layer: int) -> Tensor:
         """Residual x [S, B, P, d] -> the MLP's output, same shape."""
         block = self.model.blocks[layer]
-        assert block.mlp is not None and block.ln2 is not None
+        assert block.mlp is not None
+        assert block.ln2 is not None
         rows = x.reshape(-1, x.shape[-1])
         self.flops.add("mlp", (3 if block.mlp.W_gate is not None else 2) * rows.numel() * block.mlp.W_in.shape[1])
         if rows.shape[0] <= MLP_TOKENS:
@@ -90,7 +91,7 @@ class Nodes:
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
-    """q [S or 1, B, P, dh], k [S or 1, B, T, dh] -> [S, B, P, T]; a shared side is multiplied with all states at once."""
+    """q [S or 1, B, P, dh], k [S or 1, B, T, dh] -> [S, B, P, T]; a shared side meets all states in one product."""
     if k.shape[0] == 1 and q.shape[0] > 1:
         states, batch, count, width = q.shape
         flat = q.transpose(0, 1).reshape(batch, states * count, width)

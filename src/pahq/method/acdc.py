@@ -29,6 +29,8 @@ HeadOrder = Literal["descending", "ascending"]
 SenderOrder = Literal["latest", "earliest"]
 BASE_TOLERANCE = 1e-3
 """Slack that the current metric may carry along, as a share of the threshold."""
+ROUGH = 0.05
+"""Slack that a recorded effect may have, as a share of itself or of the threshold, whichever is larger."""
 CHECKPOINT_TESTS = 256
 """A checkpoint is due at the end of a visit once so many tests were made since the last one."""
 
@@ -125,7 +127,7 @@ class Acdc:
         max_states: int = MAX_STATES,
         screen: bool | None = None,
     ) -> None:
-        """screen: see ``engine.Engine``; memory_limit in bytes and max_states bound a batch. None changes a decision."""
+        """screen: see ``engine.Engine``. memory_limit (bytes) and max_states bound a batch. Decisions stay the same."""
         self.options = options
         self.graph = Graph(model.config, options.split_qkv, options.direct_edges, options.split_pos)
         self.engine = Engine(
@@ -217,7 +219,10 @@ class Acdc:
         return decided
 
     def _sharpen(self, metrics: np.ndarray, slack: np.ndarray, guesses: list[bool]) -> None:
-        """Has the states evaluated in full on which a decision within its slack of the threshold would rest."""
+        """Has the states evaluated in full on which a decision within its slack of the threshold would rest.
+
+        Also those whose slack would make the recorded effect rough.
+        """
         doubtful: set[int] = set()
         before = -1
         for state, guess in enumerate(guesses[: len(metrics)]):
@@ -226,7 +231,9 @@ class Acdc:
             )
             effect = metrics[state] - base
             size = abs(effect) if self.options.absolute else effect
-            if abs(size - self.options.threshold) <= slack[state] + base_slack:
+            doubt = slack[state] + base_slack
+            rough = doubt > ROUGH * max(abs(effect), abs(self.options.threshold))
+            if rough or abs(size - self.options.threshold) <= doubt:
                 doubtful |= {state, before}
             if not guess:
                 before = state
