@@ -6,6 +6,7 @@ only in the rows from the first one in which it can differ from the base state.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,9 @@ from pahq.engine.marks import Marks, Reach, head_column, mlp_column
 from pahq.engine.nodes import Nodes
 from pahq.engine.state import Key, State, heads_reading, projections
 from pahq.graph import Graph
+
+INPUT_ELEMENTS = 1 << 19
+"""Numbers in the inputs that are worked on at a time."""
 
 
 @dataclass
@@ -111,17 +115,22 @@ def _visit(
 
 
 class BatchPass:
-    """Carries a plan out. ``rows`` keeps what was computed: key -> (first state, values [S - first, …])."""
+    """Carries a plan out. ``rows`` keeps what nodes give: key -> (first state, values [S - first, …]).
+
+    Inputs are made, used and dropped a few states at a time, so that they stay in the cache.
+    """
 
     def __init__(self, state: State, nodes: Nodes, batch: Batch) -> None:
         self.state, self.nodes, self.batch = state, nodes, batch
         self.graph: Graph = state.graph
         self.rows: dict[Key, tuple[int, Tensor]] = {}
+        self.steps: list[Step] = []
         self._written: dict[int, Tensor] = {}
         self._uses: dict[int, int] = {}
 
     def run(self, steps: list[Step]) -> tuple[int, Tensor] | None:
         """-> (first state, final residual stream at the read positions [S - first, B, P, d]), or None if unchanged."""
+        self.steps = steps
         for step in steps:
             for sender in step.senders:
                 self._uses[sender] = self._uses.get(sender, 0) + 1
@@ -131,66 +140,86 @@ class BatchPass:
             if pending and (receiver.layer != self.graph.receivers[pending[0].row].layer or not receiver.is_attention):
                 self._heads(pending)
                 pending = []
+            if receiver.kind == "logits":
+                final = self.input(step, step.first, self.batch.n_states)
+                return step.first, self.state.spans.at_read(final)
             if receiver.is_attention:
                 self._attention_receiver(step)
                 pending.append(step)
-                continue
-            x = self._input(step)
-            if receiver.kind == "logits":
-                return step.first, self.state.spans.at_read(x)
-            self.rows["out", mlp_column(self.graph, receiver.layer), 0] = (
-                step.first,
-                self.nodes.mlp(x, receiver.layer),
-            )
+            else:
+                outputs = [self.nodes.mlp(x, receiver.layer) for _, x in self._inputs(step)]
+                self.rows["out", mlp_column(self.graph, receiver.layer), 0] = (step.first, join(outputs))
+            self._let_go(step)
         if pending:
             self._heads(pending)
         return None
 
-    def _input(self, step: Step) -> Tensor:
-        """The receiver's input in the states from ``step.first`` on: [S', B, P, d], kept in ``rows``."""
+    def input(self, step: Step, begin: int, end: int) -> Tensor:
+        """The receiver's input in the states from ``begin`` to ``end``: [end - begin, B, P, d]."""
         base = self.state.input(step.row, step.level)
-        count = self.batch.n_states - step.first
-        x = base.expand(count, *base.shape).clone()
+        x = base.expand(end - begin, *base.shape).clone()
         if step.removed:
             columns = [self.batch.candidates[i][1] for i in step.removed]
-            applied = torch.from_numpy(self.batch.applied[step.first :][:, step.removed]).to(x)
+            applied = torch.from_numpy(self.batch.applied[begin:end][:, step.removed]).to(x)
             self.state.differences.subtract(x, applied, columns, step.level)
         for sender in step.senders:
-            self._add_change(x, step, sender)
-        self.rows["x", step.row, 0] = (step.first, x)
+            first = max(begin, self.rows["out", sender, 0][0])
+            if first < end:
+                self._add_change(x[first - begin :], step, sender, first, end)
         return x
 
-    def _add_change(self, x: Tensor, step: Step, column: int) -> None:
-        """Adds to x [S', B, P, d] what a sender writes beyond the base state; its last reader lets go of that."""
+    def _inputs(self, step: Step) -> Iterator[tuple[slice, Tensor]]:
+        """The receiver's inputs, some states at a time: (states counted from ``step.first``, inputs)."""
+        tokens = self.state.spans.read.shape[0] * self.state.spans.count(step.level)
+        some = max(1, INPUT_ELEMENTS // (tokens * self.nodes.model.config.d_model))
+        for begin in range(step.first, self.batch.n_states, some):
+            end = min(begin + some, self.batch.n_states)
+            yield slice(begin - step.first, end - step.first), self.input(step, begin, end)
+
+    def _add_change(self, x: Tensor, step: Step, column: int, begin: int, end: int) -> None:
+        """Adds to x [end - begin, B, P, d] what a sender writes beyond the base state."""
         sender, level = self.graph.senders[column], Reach(int(self.batch.marks.reach[column]))
-        first = self.rows["out", column, 0][0]
-        part = x[first - step.first :]
-        self._uses[column] -= 1
-        if column not in self._written:
-            gap = self.rows["out", column, 0][1] - self.state.output(column, level)
-            if sender.kind == "head" and not self._uses[column]:  # the only reader: write straight into its input
-                gap = self.state.spans.narrow(gap, level, step.level)
-                self.nodes.write_into(part, gap, sender.layer, sender.index)
-                return
-            self._written[column] = self.nodes.write(gap, sender.layer, sender.index) if sender.kind == "head" else gap
-        part += self.state.spans.narrow(self._written[column], level, step.level)
-        if not self._uses[column]:
-            del self._written[column]
+        first, values = self.rows["out", column, 0]
+        narrow = self.state.spans.narrow
+        if sender.kind == "head" and self._uses.get(column, 0) > 1:  # several readers: what it writes is made once
+            if column not in self._written:
+                gap = values - self.state.output(column, level)
+                self._written[column] = self.nodes.write(gap, sender.layer, sender.index)
+            x += narrow(self._written[column][begin - first : end - first], level, step.level)
+            return
+        gap = narrow(values[begin - first : end - first] - self.state.output(column, level), level, step.level)
+        if sender.kind == "head":
+            self.nodes.write_into(x, gap, sender.layer, sender.index)
+        else:
+            x += gap
+
+    def _let_go(self, step: Step) -> None:
+        """Drops what the step's senders write where it was the last to read it."""
+        for sender in step.senders:
+            self._uses[sender] -= 1
+            if not self._uses[sender]:
+                self._written.pop(sender, None)
 
     def _attention_receiver(self, step: Step) -> None:
         """q, k or v of one receiver in the states that change it."""
         receiver = self.graph.receivers[step.row]
-        x = self._input(step) if step.removed or step.senders else None
+        wanted = []
         for which, index in projections(self.graph, receiver):
             level = step.level if which != "q" else self._reach(receiver.layer, index)
-            if not level:
-                continue  # a dead head that shares a joint receiver
-            base = self.state.projected(which, receiver.layer, index, level)
-            if x is None:
-                value = base.expand(self.batch.n_states - step.first, *base.shape).clone()
+            if level:  # else a dead head that shares a joint receiver
+                wanted.append((which, index, level))
+        values: dict[tuple[str, int], list[Tensor]] = {(which, index): [] for which, index, _ in wanted}
+        if step.removed or step.senders:
+            for _, x in self._inputs(step):
+                for which, index, level in wanted:
+                    narrowed = self.state.spans.narrow(x, step.level, level)
+                    values[which, index].append(self.nodes.project(narrowed, which, receiver.layer, index, level))
+        for which, index, level in wanted:
+            if values[which, index]:
+                value = join(values[which, index])
             else:
-                narrowed = self.state.spans.narrow(x, step.level, level)
-                value = self.nodes.project(narrowed, which, receiver.layer, index, level)
+                base = self.state.projected(which, receiver.layer, index, level)
+                value = base.expand(self.batch.n_states - step.first, *base.shape).clone()
             for i in step.cut:
                 states = torch.from_numpy(self.batch.applied[step.first :, i].copy()).to(value.device)
                 value[states] = self.state.fallback(which, receiver.layer, index, level)
@@ -233,3 +262,8 @@ class BatchPass:
         if begin == first:
             return value
         return torch.cat((base.expand(begin - first, *base.shape), value))
+
+
+def join(parts: list[Tensor]) -> Tensor:
+    """Consecutive states [s_i, …] -> all of them [S, …], without a copy where there is one part."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

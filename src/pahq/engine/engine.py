@@ -13,7 +13,7 @@ from pahq.engine.nodes import Nodes
 from pahq.engine.reference import reference_run, run
 from pahq.engine.screen import SAFETY, Screen, worth_screening
 from pahq.engine.spans import Spans, gather
-from pahq.engine.state import State, projections
+from pahq.engine.state import Key, State, projections
 from pahq.engine.vocabulary import Vocabulary
 from pahq.errors import PahqError
 from pahq.graph import Graph
@@ -127,9 +127,14 @@ class Engine:
     def commit(self, state: int) -> None:
         """Makes a state of the last evaluated batch the base."""
         assert self._rows is not None
+        changed: dict[Key, Tensor] = {}
+        for step in self._rows.steps:
+            if state >= step.first and (step.removed or step.senders):
+                changed["x", step.row, 0] = self._rows.input(step, state, state + 1)[0]
         for key, (first, values) in self._rows.rows.items():
             if state >= first:
-                self.state.changed[key] = values[state - first].clone()
+                changed[key] = values[state - first].clone()
+        self.state.changed |= changed
         self.base_metric, self.base_slack = float(self._metrics[state]), float(self._slack[state])
         if self._final is not None and state >= self._final[0]:
             self._base_final = self._final[1][state - self._final[0]].clone()

@@ -27,7 +27,7 @@ from pahq.task.prompts import Prompts
 
 HeadOrder = Literal["descending", "ascending"]
 SenderOrder = Literal["latest", "earliest"]
-BASE_TOLERANCE = 1e-3
+BASE_TOLERANCE = 4e-3
 """Slack that the current metric may carry along, as a share of the threshold."""
 ROUGH = 0.05
 """Slack that a recorded effect may have, as a share of itself or of the threshold, whichever is larger."""
