@@ -15,7 +15,7 @@ from pahq.task.prompts import Prompts, pad_ids
 from pahq.task.tokens import CARRIER, Tokens
 from pahq.task.words import ARGUMENTS, NAMES, NOUNS, PLACES, SPANS, THINGS
 
-PHRASE = 4
+PHRASE = 8
 """Tokens of a phrase that comes again."""
 COPY = 0.15
 """Chance that a phrase is copied where a new word could stand."""

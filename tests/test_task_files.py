@@ -1,0 +1,229 @@
+"""Tasks from the user's own files, good and bad."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pahq.errors import PahqError
+from pahq.model.transformer import Transformer
+from pahq.task import get_task
+from toy_tokenizers import byte_level, toy_model, word_level
+
+NAMES = ("Mary", "John", "Anna", "Paul", "Kate", "Mark", "Emma", "Adam", "Rose", "Luke", "Jane", "Frank")
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return toy_model(byte_level())
+
+
+def pair(i: int = 0, **changes: Any) -> dict[str, Any]:
+    """A prompt pair of 4 tokens each (", " and a name are one token each)."""
+    first, second, third = (NAMES[(i + k) % len(NAMES)] for k in range(3))
+    row = {"clean": f" {first} and {second},", "corrupt": f" {third} and {second},", "answers": [f" {first}"]}
+    return {**row, "wrong_answers": [f" {third}"], **changes}
+
+
+def jsonl(folder: Path, rows: list[Any]) -> str:
+    path = folder / "pairs.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def table(folder: Path, header: list[str], rows: list[list[Any]]) -> str:
+    path = folder / "pairs.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return str(path)
+
+
+def test_jsonl(tmp_path: Path, model: Transformer) -> None:
+    task = get_task(jsonl(tmp_path, [pair(i) for i in range(9)]))
+    prompts = task.prompts(model, 9, split="all")
+    encode = model.tokenizer.encode
+    for i in range(9):
+        row = pair(i)
+        assert prompts.texts[i] == (row["clean"], row["corrupt"])
+        assert prompts.clean[i].tolist() == encode(row["clean"])
+        assert prompts.corrupt[i].tolist() == encode(row["corrupt"])
+        assert prompts.answers[i].tolist() == [encode(row["answers"][0])]
+        assert prompts.wrong[i].tolist() == [encode(row["wrong_answers"][0])]
+    assert (prompts.read == prompts.clean.shape[1] - 1).all()
+    parts = [
+        {p.texts[k] for k in range(3)} for s in ("train", "validation", "test") for p in [task.prompts(model, 3, 1, s)]
+    ]
+    assert set.union(*parts) == set(prompts.texts)
+    assert sum(map(len, parts)) == 9
+    assert task.prompts(model, 3, 1).texts == task.prompts(model, 3, 1).texts
+    assert len({task.prompts(model, 3, seed).texts for seed in range(4)}) > 1
+
+
+def test_other_tools_files(tmp_path: Path, model: Transformer) -> None:
+    """A JSON object with a list of prompts; a CSV with token ids, alone or as lists."""
+    rows = [pair(i) for i in range(4)]
+    expected = get_task(jsonl(tmp_path, rows)).prompts(model, 4, split="all")
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps({"prompts": rows, "word_idxs": {"IO": 3}}))
+
+    def ids(text: str) -> int:
+        return model.tokenizer.encode(text)[0]
+
+    other = [
+        [r["clean"], r["corrupt"], r["corrupt"], ids(r["answers"][0]), f"[{ids(r['wrong_answers'][0])}]"] for r in rows
+    ]
+    files = [
+        str(path),
+        table(tmp_path, ["clean", "corrupted", "corrupted_hard", "correct_idx", "incorrect_idx"], other),
+    ]
+    for file in files:
+        found = get_task(file).prompts(model, 4, split="all")
+        for name in ("clean", "corrupt", "answers", "wrong", "read"):
+            assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+def test_csv_texts_and_lists(tmp_path: Path, model: Transformer) -> None:
+    rows = [
+        [" Mary and John,", " Anna and John,", " Mary", "[' Anna', \" Paul\"]"],
+        [" Mary and John,", " Anna and John,", '[" Mary"]', " Anna"],
+    ]
+    prompts = get_task(table(tmp_path, ["clean", "corrupt", "answers", "wrong_answers"], rows)).prompts(
+        model, 2, split="all"
+    )
+    assert (prompts.answers >= 0).sum(-1).tolist() == [[1], [1]]
+    assert (prompts.wrong >= 0).sum(-1).tolist() == [[2], [1]]
+    assert torch.equal(prompts.answers[0], prompts.answers[1])
+
+
+def test_padding(tmp_path: Path, model: Transformer) -> None:
+    long = pair(clean=" Mary and John and Paul,", corrupt=" Anna and John and Paul,")
+    file = jsonl(tmp_path, [pair(), long])
+    with pytest.raises(PahqError, match=r"line 2 has 6 tokens, but line 1 has 4; .* allow padding"):
+        get_task(file).prompts(model, 2, split="all")
+    prompts = get_task(file, pad=True).prompts(model, 2, split="all")
+    assert prompts.read.tolist() == [[3], [5]]
+    assert prompts.pad is not None
+    assert prompts.pad.tolist() == [[False] * 4 + [True] * 2, [False] * 6]
+    alone = get_task(jsonl(tmp_path, [pair()])).prompts(model, 1, split="all")
+    assert torch.equal(prompts.clean[0, :4], alone.clean[0])
+    with pytest.raises(PahqError, match="not causal"):
+        get_task(file, pad=True).prompts(toy_model(model.tokenizer, causal=False), 2, split="all")
+
+
+def test_answer_that_would_merge_with_the_prompt(tmp_path: Path, model: Transformer) -> None:
+    """`` 1800`` has a token of its own, but after `` 18`` the answer is the token ``00``."""
+    row = pair(clean=" to 18", corrupt=" to 17", answers=["00"], wrong_answers=["01"])
+    prompts = get_task(jsonl(tmp_path, [row])).prompts(model, 1, split="all")
+    assert prompts.answers.flatten().tolist() == model.tokenizer.encode("00")
+
+
+def test_second_kind_of_tokenizer(tmp_path: Path) -> None:
+    prompts = get_task(jsonl(tmp_path, [pair()])).prompts(toy_model(word_level()), 1, split="all")
+    assert prompts.clean.shape == (1, 4)
+
+
+BAD_LINES: list[tuple[list[Any], str]] = [
+    ([pair(), "", pair(1)], "line 2 is empty"),
+    ([pair(), '{"clean": '], "line 2: broken JSON"),
+    (["[1]"], "line 1 is no object"),
+    ([pair(), {"clean": "a", "answers": ["b"]}], "line 2 has no 'corrupt'"),
+    ([{k: v for k, v in pair().items() if k != "wrong_answers"}], "line 1 has no 'wrong_answers'"),
+    ([pair(answers=[])], "line 1 has no answers"),
+    ([pair(answers=[1.5])], r"line 1: 'answers' holds 1\.5"),
+    ([pair(answers=[True])], "line 1: 'answers' holds True"),
+    ([pair(wrong_answers=None)], "line 1: 'wrong_answers' holds None"),
+    ([pair(clean=3)], "line 1: 'clean' is 3"),
+    ([pair(clean="")], "line 1: 'clean' is ''"),
+    (["[" * 100_000], "line 1: (JSON nested too deeply|broken JSON)"),
+]
+
+
+@pytest.mark.parametrize(("rows", "message"), BAD_LINES)
+def test_bad_lines(tmp_path: Path, rows: list[Any], message: str) -> None:
+    with pytest.raises(PahqError, match=message) as caught:
+        get_task(jsonl(tmp_path, rows))
+    assert "\n" not in str(caught.value)
+    assert "pairs.jsonl" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (pair(corrupt=" Anna and John"), "line 2: clean has 4 tokens and corrupt 3"),
+        (pair(answers=[" Mary John"]), "line 2: answer ' Mary John' is 2 tokens"),
+        (pair(answers=["ary"]), "line 2: answer 'ary' is 3 tokens"),
+        (pair(answers=[10**6]), "line 2: answer token 1000000 is not among"),
+        (pair(answers=[-1]), "line 2: answer token -1 is not among"),
+        (pair(wrong_answers=[" Mary"]), "line 2: ' Mary' is a right and a wrong answer"),
+    ],
+)
+def test_bad_rows_for_a_tokenizer(tmp_path: Path, model: Transformer, row: dict[str, Any], message: str) -> None:
+    task = get_task(jsonl(tmp_path, [pair(), row, pair(1)]))
+    with pytest.raises(PahqError, match=message):
+        task.prompts(model, 3, split="all")
+    with pytest.raises(PahqError, match=message):  # also where that row is not drawn
+        task.prompts(model, 1, split="test")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([["a", "b", "c"]], "line 2 has 3 cells, but the header has 4"),
+        ([["a", "b", "[c", "d"]], r"line 2: answers: '\[c' is no list"),
+        ([["a", "b", "[__import__('os')]", "d"]], "is no list"),
+        ([["a", "b", " x", "d"], []], "line 3 is empty"),
+        ([["a", "two\nlines", " x", "d"], ["a"]], "line 4 has 1 cells"),
+    ],
+)
+def test_bad_csv(tmp_path: Path, rows: list[list[Any]], message: str) -> None:
+    with pytest.raises(PahqError, match=message):
+        get_task(table(tmp_path, ["clean", "corrupt", "answers", "wrong_answers"], rows))
+
+
+def test_bad_csv_columns(tmp_path: Path) -> None:
+    with pytest.raises(PahqError, match="line 2 has no 'corrupt'"):
+        get_task(table(tmp_path, ["clean", "answers", "wrong_answers"], [["a", "b", "c"]]))
+    with pytest.raises(PahqError, match="line 2: correct_idx: ' Mary' is no token id"):
+        get_task(table(tmp_path, ["clean", "corrupted", "correct_idx", "incorrect_idx"], [["a", "b", " Mary", 2]]))
+    with pytest.raises(PahqError, match="no prompt pair"):
+        get_task(table(tmp_path, ["clean", "corrupt", "answers", "wrong_answers"], []))
+    path = tmp_path / "open.csv"
+    path.write_text('clean,corrupt,answers,wrong_answers\n"a,b,c,d\n')
+    with pytest.raises(PahqError, match="broken CSV"):
+        get_task(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"{]", "line 1: broken JSON"),
+        (b'{"a": 1}', "no list of prompts"),
+        (b'{"prompts": []}', "no prompt pair"),
+        (b'{"prompts": [3]}', "prompt 1 is no object"),
+    ],
+)
+def test_bad_json(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "pairs.json"
+    path.write_bytes(content)
+    with pytest.raises(PahqError, match=message):
+        get_task(str(path))
+
+
+def test_missing_file_and_unknown_option(tmp_path: Path) -> None:
+    with pytest.raises(PahqError, match="no such file"):
+        get_task(str(tmp_path / "none.jsonl"))
+    with pytest.raises(PahqError, match="option 'length' is unknown; it has pad, prepend_bos"):
+        get_task(jsonl(tmp_path, [pair()]), length=3)
+
+
+def test_too_few_rows(tmp_path: Path, model: Transformer) -> None:
+    task = get_task(jsonl(tmp_path, [pair(i) for i in range(5)]))
+    with pytest.raises(PahqError, match=r"3 examples asked for, .* 'validation' has 2 \(3 splits share 5 rows\)"):
+        task.prompts(model, 3)
