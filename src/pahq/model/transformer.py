@@ -191,7 +191,13 @@ def build(
     get = weights.get
 
     def norm(name: str, kind: Any = cfg.norm) -> Norm:
-        return Norm(kind, cfg.norm_eps, get(f"{name}.w"), get(f"{name}.b"))
+        w, b = get(f"{name}.w"), get(f"{name}.b")
+        if kind == "layer" and (w is None or b is None):
+            # torch's layer norm takes twice as long without weights as with ones and zeros
+            template = weights["embed.W_E"].new_empty(cfg.d_mlp if name.endswith("mlp.ln") else cfg.d_model)
+            w = torch.ones_like(template) if w is None else w
+            b = torch.zeros_like(template) if b is None else b
+        return Norm(kind, cfg.norm_eps, w, b)
 
     blocks = []
     for layer in range(cfg.n_layers):
