@@ -16,11 +16,11 @@ from pahq.graph import Graph
 from pahq.method.sweep import Sweep
 
 MAX_STATES = 128
-START, SHORTEST = 12, 4
+START, SHORTEST = 8, 3
 """Unfounded guesses in a row: at first, and at least."""
 HISTORY = 96
 """Decisions whose share of wrong guesses sets how many are risked in a row."""
-RISK = 0.5
+RISK = 0.4
 """Wrong guesses expected in a batch. More waste states, fewer make small batches."""
 
 

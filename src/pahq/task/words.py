@@ -21,7 +21,7 @@ NAMES = MALE + FEMALE
 
 PLACES = _words(
     "shop school park beach garden office station hospital library museum market house restaurant farm church "
-    "kitchen theater airport hotel bank castle lake forest village"
+    "kitchen theater airport hotel bank castle lake village"
 )
 THINGS = _words(
     "book ring drink key letter ball cup pen coat hat card bag box map knife flower picture lamp coin cake gift "
@@ -30,7 +30,7 @@ THINGS = _words(
 
 SPANS = _words(
     "war siege trial reign festival drought conflict dispute project crisis empire strike campaign famine plague "
-    "dynasty revolt journey voyage debate peace tour search study mission"
+    "revolt journey voyage debate peace tour search study mission"
 )
 """Things that last for years."""
 
