@@ -80,7 +80,7 @@ def _work(record: dict[str, Any]) -> RenderableType:
     lines = [
         f"{search['tests']:,} edges tested in {as_time(search['seconds'])}, {states:,} states evaluated, "
         f"{100 * wasted / max(states, 1):.1f} % of them wasted; whole run {as_time(record['total_seconds'])}"
-        + (f", {search['resumes']} times resumed" if search["resumes"] else ""),
+        + (f", resumed {search['resumes']}×" if search["resumes"] else ""),
         f"{search['flops_total'] / 1e12:.3g} TFLOP at {search['flops_per_second'] / 1e9:.3g} GFLOP/s, "
         f"{100 * search['share_of_peak']:.0f} % of this machine's {search['peak_flops_per_second'] / 1e9:.0f}: "
         + _shares(search["flops"]),
