@@ -58,8 +58,12 @@ def get_task(name_or_path: str | Path, **options: Any) -> Task:
         near = get_close_matches(name, _BUILT_IN, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(_BUILT_IN)}"
         raise PahqError(f"task '{name}' is unknown; {hint} (or give a file: {', '.join(SUFFIXES)})")
-    known = [field.name for field in fields(cls) if field.init and field.name != "path"]
-    for option in options:
+    known = {field.name: type(field.default) for field in fields(cls) if field.init and field.name != "path"}
+    for option, value in options.items():
         if option not in known:
             raise PahqError(f"task '{name}': option '{option}' is unknown; it has {', '.join(known)}")
+        if type(value) is not known[option]:
+            raise PahqError(
+                f"task '{name}': option {option} is {value!r}; give a value of type {known[option].__name__}"
+            )
     return cls(**arguments)

@@ -13,7 +13,7 @@ from pahq.model.transformer import Transformer
 from pahq.task.base import PATIENCE, Task, check_request, share
 from pahq.task.prompts import Prompts, pad_ids
 from pahq.task.tokens import CARRIER, Tokens
-from pahq.task.words import ARGUMENTS, NAMES, NOUNS, PLACES, SPANS, THINGS
+from pahq.task.words import ARGUMENTS, PLACES, THINGS
 
 PHRASE = 8
 """Tokens of a phrase that comes again."""
@@ -47,7 +47,7 @@ class Induction(Task):
         if n < 2:
             raise PahqError("task 'induction': the corrupted prompt is another example; ask for at least 2")
         tokens = Tokens(model, self.name, self.prepend_bos)
-        words = tokens.keep(dict.fromkeys(NOUNS + THINGS + PLACES + SPANS + ARGUMENTS + NAMES), "words", 2 * PHRASE)
+        words = tokens.keep(dict.fromkeys(ARGUMENTS + THINGS + PLACES), "words", 2 * PHRASE)
         rng = random.Random(f"{self.name} {seed}")
         texts: list[str] = []
         rows: list[list[int]] = []

@@ -17,7 +17,7 @@ TEMPLATES = (
     "Today, {x} and {y} met at the {place}. {s} gave the {thing} to",
     "Again, {x} and {y} sat in the {place}. {s} gave a {thing} to",
     "Now, {x} and {y} stood in the {place}. {s} handed the {thing} to",
-    "First, {x} and {y} walked to the {place}. {s} gave a {thing} to",
+    "First, {x} and {y} went to the {place}. {s} gave a {thing} to",
     "Here, {x} and {y} met in the {place}. {s} handed a {thing} to",
     "Soon, {x} and {y} drove to the {place}. {s} gave the {thing} to",
 )
