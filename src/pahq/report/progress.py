@@ -38,15 +38,17 @@ def watch_for(stream: TextIO | None = None, quiet: bool = False) -> Watch:
 
 
 class _Clock:
-    """Estimates the time left from the edges done in this process and an upper bound on those left."""
+    """Estimates the time left from how fast the edges dwindle: by tests, and by receivers pruned untested."""
 
-    def __init__(self, resumed: int) -> None:
-        self.start, self.resumed = time.monotonic(), resumed
+    def __init__(self) -> None:
+        self.start: tuple[float, int] | None = None
 
     def left(self, progress: Progress) -> float | None:
         """Seconds, None as long as too little is known."""
-        elapsed, done = time.monotonic() - self.start, progress.tested - self.resumed
-        return None if elapsed < 1 or done < 1 else elapsed / done * progress.edges_left
+        if self.start is None:
+            self.start = time.monotonic(), progress.edges_left
+        elapsed, gone = time.monotonic() - self.start[0], self.start[1] - progress.edges_left
+        return None if elapsed < 1 or gone < 1 else elapsed / gone * progress.edges_left
 
 
 def as_time(seconds: float | None) -> str:
@@ -68,15 +70,16 @@ class PlainWatch(Watch):
         print(text, file=self.stream, flush=True)
 
     def begin(self, metric: str, resumed: int = 0) -> None:
-        self.metric, self.clock, self.last = metric, _Clock(resumed), time.monotonic()
+        self.metric, self.clock, self.last = metric, _Clock(), time.monotonic()
 
     def update(self, progress: Progress) -> None:
+        left = self.clock.left(progress)
         if time.monotonic() - self.last < self.interval:
             return
         self.last = time.monotonic()
         self.say(
             f"{progress.tested:,} edges tested, {progress.kept:,} kept, {self.metric} {progress.metric:.4f}, "
-            f"about {as_time(self.clock.left(progress))} left"
+            f"about {as_time(left)} left"
         )
 
 
@@ -95,7 +98,7 @@ class LiveWatch(Watch):
     def begin(self, metric: str, resumed: int = 0) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        self.clock = _Clock(resumed)
+        self.clock = _Clock()
         self.bar = Progress(
             BarColumn(bar_width=None),
             TextColumn("{task.fields[tested]:,} tested"),
