@@ -126,7 +126,8 @@ def test_bos_is_prepended() -> None:
 
 def test_ioi_by_construction() -> None:
     which = model("gpt2-like")
-    prompts = get_task("ioi").prompts(which, 60)
+    assert len({text.split()[0] for text, _ in get_task("ioi").prompts(which, 20).texts}) == 1  # one wording
+    prompts = get_task("ioi", templates=8).prompts(which, 60)
     orders, starts = set(), set()
     for row, (clean, corrupt) in enumerate(prompts.texts):
         named = [[w for w in text.replace(",", "").split() if w in NAMES] for text in (clean, corrupt)]

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pahq.errors import PahqError
 from pahq.task.base import Example, GeneratedTask
 from pahq.task.tokens import Tokens
 from pahq.task.words import NAMES, PLACES, THINGS
@@ -28,11 +29,17 @@ class Ioi(GeneratedTask):
     """Clean: two names, one of them again, the other asked for. Corrupt: three other names (ABC).
 
     The name asked for comes first (ABBA) or second (BABA), equally often.
+    templates: how many wordings are mixed; one, as in the published ACDC runs, unless more are asked for.
     """
 
     name = "ioi"
     description = "Indirect object: 'Then, Mary and John went to the shop. John gave a drink to' -> ' Mary'"
     default_metric = "logit_diff"
+    templates: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.templates <= len(TEMPLATES):
+            raise PahqError(f"task 'ioi': templates is {self.templates}; choose 1 to {len(TEMPLATES)}")
 
     def examples(self, tokens: Tokens, rng: random.Random) -> Iterator[Example]:
         names = tokens.keep(NAMES, "first names", 5)
@@ -42,7 +49,7 @@ class Ioi(GeneratedTask):
             indirect, subject, *others = rng.sample(names, 5)
             pair = [indirect, subject] if rng.random() < 0.5 else [subject, indirect]
             words = {"place": rng.choice(places), "thing": rng.choice(things)}
-            template = rng.choice(TEMPLATES)
+            template = rng.choice(TEMPLATES[: self.templates])
             clean = template.format(x=pair[0], y=pair[1], s=subject, **words)
             corrupt = template.format(x=others[0], y=others[1], s=others[2], **words)
             yield Example(clean, corrupt, (f" {indirect}",), (f" {subject}",))
