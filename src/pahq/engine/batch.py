@@ -80,10 +80,9 @@ def plan(graph: Graph, batch: Batch) -> list[Step]:
         position += len(block)
         attention = np.array([row for row in block if graph.receivers[row].is_attention], dtype=np.int64)
         others = [row for row in block if not graph.receivers[row].is_attention]
-        hit = (mask[attention, : graph.direct] & changed).any(1) if len(attention) else []
-        for row, is_hit in zip(attention.tolist(), hit, strict=True):
-            if is_hit or row in own:
-                _visit(graph, batch, row, own.get(row, []), begins, since, steps)
+        touched = (mask[attention, : graph.direct] & changed).any(axis=1) | np.isin(attention, list(own))
+        for row in attention[touched].tolist():
+            _visit(graph, batch, row, own.get(row, []), begins, since, steps)
         for row in others:  # the layer's heads may have changed just now
             if row in own or bool((mask[row, : graph.direct] & (since < n_states)).any()):
                 _visit(graph, batch, row, own.get(row, []), begins, since, steps)

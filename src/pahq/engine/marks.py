@@ -74,11 +74,6 @@ class Marks:
             np.maximum(self.reach, level, out=self.reach, where=columns)
         self.finished[row] = True
 
-    def live_rows(self) -> np.ndarray:
-        """Receivers, in order of computation, that are finished and still matter: int [n]."""
-        rows = np.flatnonzero(self.finished & self.mask[:, : self.graph.direct].any(axis=1))
-        return np.array([row for row in rows if self.level(row)], dtype=np.int64)
-
 
 def head_column(graph: Graph, layer: int, head: int) -> int:
     """Column of a head's output in the mask."""
