@@ -17,7 +17,10 @@ from hypothesis import given
 import oracle
 from pahq.method import acdc
 from pahq.method.acdc import Acdc, AcdcOptions, Decision
-from random_models import Case, cases, drawn
+from pahq.model.config import ModelConfig
+from pahq.model.transformer import build
+from pahq.task.prompts import last_position
+from random_models import Case, cases, drawn, random_weights
 
 CASES_DOUBLE, CASES_SINGLE = 220, 40
 
@@ -210,3 +213,20 @@ def test_screened_vocabulary(capsys: pytest.CaptureFixture[str]) -> None:
         )
     assert 0 < escalated < states
     assert np.median(errors) > 1e-9  # the screen was at work
+
+
+@pytest.mark.parametrize("screen", [False, True])
+@pytest.mark.parametrize(("gain", "offset"), [(5.0, 0.0), (60.0, 0.0), (1.0, 10.0), (1.0, 30.0)])
+def test_far_states(gain: float, offset: float, screen: bool) -> None:
+    """Single precision where logits of neighbouring states lie further apart than exp has range, or digits."""
+    cfg = ModelConfig(2, 2, 1, 10, 4, 7, 400, 400, 8, norm="none" if offset else "layer")
+    weights = random_weights(cfg, 0, set())
+    weights["unembed.W_U"] = weights["unembed.W_U"] * gain + offset
+    double = build(cfg, weights)
+    draw = torch.Generator().manual_seed(1)
+    clean, corrupt = (torch.randint(400, (3, 5), generator=draw) for _ in range(2))
+    prompts = last_position(clean, corrupt, [[]] * 3, [[]] * 3)
+    sweep = Acdc(double.to(dtype=torch.float32), prompts, AcdcOptions(0.05), screen=screen)
+    result = sweep.run()
+    expected = oracle.acdc(double, prompts, sweep.graph, 0.05, "kl_div", "resample", False, "descending", "latest")
+    compare(result.decisions, expected.decisions, atol=5e-4)

@@ -62,10 +62,9 @@ class Screen:
         log_p = logits[:, self.tokens] - total[:, None].to(logits.dtype)
         self.log_bias = log_p - h @ self.columns  # so that log p_v + x_v = log_bias + h' . w_v
         self.flops.add("unembed", p.numel() * h.shape[-1])
-        all_mean = p @ self.model.W_U.T
-        top = log_p.exp()
-        self.tail = (1 - top.double().sum(-1)).clamp(min=1e-12)
-        self.tail_mean = (all_mean - top @ self.columns.T) / self.tail[:, None].to(p.dtype)
+        p[:, self.tokens] = 0  # summing the tail alone: 1 - top would be rounding noise where the tail is small
+        self.tail = p.sum(-1, dtype=torch.float64).clamp(min=1e-30)
+        self.tail_mean = (p @ self.model.W_U.T) / self.tail[:, None].to(p.dtype)
         return total
 
     def logsumexp(self, h: Tensor) -> tuple[Tensor, Tensor]:

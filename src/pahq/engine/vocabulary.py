@@ -11,7 +11,9 @@ from pahq.engine.screen import Screen
 from pahq.model.transformer import Transformer
 
 SAFE_EXPONENT = 60.0
-"""exp of a log-sum-exp up to here stays well inside float32's range."""
+"""exp of a log-sum-exp up to here, either way, stays well inside float32's range."""
+FAR_ELEMENTS = 1 << 24
+"""Logits held at a time for states beyond that."""
 
 
 class Vocabulary:
@@ -93,6 +95,10 @@ class VocabularyReadout:
 
     def _screened(self, screen: Screen) -> Tensor:
         value, estimate = screen.logsumexp(self.h.flatten(1, 2))
+        far = ~((value - screen.total).abs() <= SAFE_EXPONENT).all(-1)  # exp may have left its range (or a NaN)
+        if bool(far.any()):
+            value[far] = VocabularyReadout(self.vocabulary, self.h[far], None).logsumexp().flatten(1)
+            estimate[far] = 0.0
         weighted = (estimate.view(self.h.shape[:-1]) * self.vocabulary.weight).sum(dim=(-1, -2))
         self.estimate = weighted.cpu().numpy()
         self.slack = screen.slack(weighted).cpu().numpy()
@@ -116,11 +122,13 @@ class VocabularyReadout:
             if shift is not None:
                 slab -= shift
             total += slab.exp_().sum(-1)
-        out = total.log() if shift is None else total.log() + shift.squeeze(-1)
-        bad = ~torch.isfinite(out)
-        if bool(bad.any()):  # a state so far from the clean one that exp left its range (or a NaN, which stays one)
-            logits = rows[bad] @ model.W_U
-            out[bad] = torch.logsumexp(logits if model.b_U is None else logits + model.b_U, -1).double()
+        out = total.log()
+        far = ~(out.abs() <= SAFE_EXPONENT)  # so far from the clean state that exp loses digits (or a NaN, which stays)
+        if shift is not None:
+            out += shift.squeeze(-1)
+        for some in far.nonzero().squeeze(-1).split(max(1, FAR_ELEMENTS // model.W_U.shape[1])):
+            logits = rows[some] @ model.W_U
+            out[some] = torch.logsumexp(logits if model.b_U is None else logits + model.b_U, -1).double()
         return out.view(self.h.shape[:-1])
 
     def _count(self) -> None:
