@@ -180,7 +180,8 @@ class BatchPass:
         sender, level = self.graph.senders[column], Reach(int(self.batch.marks.reach[column]))
         first, values = self.rows["out", column, 0]
         narrow = self.state.spans.narrow
-        if sender.kind == "head" and self._uses.get(column, 0) > 1:  # several readers: what it writes is made once
+        # several readers: what a head writes is made once
+        if sender.kind == "head" and (column in self._written or self._uses[column] > 1):
             if column not in self._written:
                 gap = values - self.state.output(column, level)
                 self._written[column] = self.nodes.write(gap, sender.layer, sender.index)

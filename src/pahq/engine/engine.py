@@ -21,6 +21,8 @@ from pahq.model.transformer import Transformer
 from pahq.task.metrics import get_metric
 from pahq.task.prompts import Prompts
 
+LAUNCH_FLOPS = {"cpu": 2e8, "gpu": 5e10}
+"""FLOPs a device could do in the time that one batch's operations take to be issued (some milliseconds)."""
 MEMORY_LIMIT = 2 << 30
 """Bytes that the values of one batch of states may take by default."""
 
@@ -123,6 +125,13 @@ class Engine:
             self._observe(self._metrics[state] - value, self._estimate[state])
             self._metrics[state], self._slack[state] = value, 0.0
         self._check()
+
+    @property
+    def batch_overhead(self) -> float:
+        """What a batch costs however few its states, in FLOPs: launching its operations, and anchoring the screen."""
+        launch = LAUNCH_FLOPS["cpu" if self.model.device.type == "cpu" else "gpu"]
+        anchoring = 0 if self.vocabulary.screen is None else 4 * self.prompts.read.numel() * self.model.W_U.numel()
+        return launch + anchoring
 
     def commit(self, state: int) -> None:
         """Makes a state of the last evaluated batch the base."""
@@ -237,6 +246,13 @@ class Engine:
             self.state.changed["out", column, 0] = self.nodes.head(q, k, v, level, *prefix)[0]
 
     def _bytes(self, steps: list[Step], batch: Batch) -> int:
-        """Memory that the values of a batch take: inputs and outputs of what changes, and a working copy."""
+        """Memory that the values of a batch take: inputs and outputs of what changes, and a working copy.
+
+        Likewise all logits, where the metric asks for them.
+        """
+        cfg = self.model.config
         tokens = sum((batch.n_states - step.first) * self.spans.count(step.level) for step in steps)
-        return 3 * tokens * len(self.prompts) * self.model.config.d_model * self.state.clean.final.element_size()
+        elements = tokens * len(self.prompts) * cfg.d_model
+        if self.metric.reads_logits:
+            elements += batch.n_states * self.prompts.read.numel() * cfg.d_vocab_out
+        return 3 * elements * self.state.clean.final.element_size()

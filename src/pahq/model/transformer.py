@@ -188,6 +188,7 @@ def build(
 ) -> Transformer:
     """A Transformer from named weights (see ``shapes``); raises PahqError where they do not fit ``cfg``."""
     check_weights(cfg, weights, check_values)
+    weights = {name: weight.detach() for name, weight in weights.items()}  # else every pass would record a graph
     get = weights.get
 
     def norm(name: str, kind: Any = cfg.norm) -> Norm:
@@ -237,7 +238,7 @@ def build(
         W_U=weights["unembed.W_U"],
         b_U=get("unembed.b_U"),
         rotary=rotary,
-        weights=dict(weights),
+        weights=weights,
         tokenizer=tokenizer,
         source=dict(source or {}),
     )

@@ -46,6 +46,8 @@ class Metric(ABC):
     name: str
     sums_vocabulary = True
     """Whether it asks for ``logsumexp``."""
+    reads_logits = False
+    """Whether it asks for ``logits``, which take much memory."""
 
     def __init__(self, prompts: Prompts, clean_logits: Tensor) -> None:
         self.prompts = prompts
@@ -167,6 +169,7 @@ class L2(Metric):
 
     name = "l2"
     sums_vocabulary = False
+    reads_logits = True
     dims: tuple[int, ...] = ()
 
     def bind(self, clean_logits: Tensor) -> None:
