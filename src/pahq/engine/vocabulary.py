@@ -41,7 +41,8 @@ class Vocabulary:
             if key is probabilities:
                 return direction, bias
         wide = probabilities.dtype
-        direction = torch.cat([(p @ self.model.W_U.to(wide).T)[None] for p in probabilities])
+        columns = self.model.W_U.to(wide).T
+        direction = torch.stack([p @ columns for p in probabilities])
         b_U = self.model.b_U
         bias = torch.zeros_like(probabilities[..., 0]) if b_U is None else probabilities @ b_U.to(wide)
         self._directions.append((probabilities, direction, bias))

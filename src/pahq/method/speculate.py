@@ -20,8 +20,6 @@ START, SHORTEST = 8, 3
 """Unfounded guesses in a row: at first, and at least."""
 HISTORY = 96
 """Decisions whose share of wrong guesses sets how many are risked in a row."""
-RISK = 0.4
-"""Wrong guesses expected in a batch. More waste states, fewer make small batches."""
 
 
 class Precedents:
@@ -72,6 +70,8 @@ class Speculator:
     def __init__(self, graph: Graph, threshold: float, absolute: bool, max_states: int = MAX_STATES) -> None:
         self.threshold, self.absolute, self.max_states = threshold, absolute, max_states
         self.precedents = Precedents(graph)
+        self.overhead = 1.0
+        """What a batch costs beyond its states, in states; the caller keeps it up to date."""
         self._measured: dict[tuple[int, int], float] = {}
         self._surprises: deque[bool] = deque(maxlen=HISTORY)
 
@@ -93,11 +93,15 @@ class Speculator:
 
     @property
     def reach(self) -> int:
-        """How many unfounded guesses in a row are worth while."""
+        """How many unfounded guesses in a row are worth while.
+
+        With a share s of wrong guesses, k of them waste about k * k * s / 2 states; a batch more costs
+        ``overhead`` states. The sum of both, for each decision, is least at k = sqrt(2 * overhead / s).
+        """
         if not self._surprises:
             return START
         share = (sum(self._surprises) + 0.5) / (len(self._surprises) + 1)
-        return int(min(self.max_states, max(SHORTEST, RISK / share)))
+        return int(min(self.max_states, max(SHORTEST, (2 * self.overhead / share) ** 0.5)))
 
     def batch(self, sweep: Sweep, stop_at: int) -> tuple[Batch, list[bool]]:
         """The next states and the decisions guessed for them.
