@@ -21,6 +21,7 @@ import torch
 from common import finish, header, median, parser, seconds
 from pahq.engine.full import FullEvaluator
 from pahq.engine.marks import Marks
+from pahq.evaluation.behaviour import LogitsReadout
 from pahq.method.acdc import Acdc, AcdcOptions, AcdcResult
 from pahq.method.sweep import Sweep, visits
 from pahq.model import ModelConfig, Transformer, build, load_model
@@ -116,7 +117,7 @@ def whole_passes(acdc: Acdc, result: AcdcResult, model: Transformer, prompts: Pr
             logits = evaluator.logits(mask, visited)
             start = min(receiver.layer, model.config.n_layers)
             partial.append(seconds(lambda m=mask, v=visited, s=start: later.logits(m, v, s)))
-            error = max(error, abs(float(metric(Given(logits[None]))[0]) - decision.after))
+            error = max(error, abs(float(metric(LogitsReadout(logits))[0]) - decision.after))
         sweep.decide(decision.kept)
     return {
         "whole_s": float(np.mean(whole)),
@@ -124,26 +125,6 @@ def whole_passes(acdc: Acdc, result: AcdcResult, model: Transformer, prompts: Pr
         "sampled": float(len(whole)),
         "largest_metric_difference": error,
     }
-
-
-class Given:
-    """A readout of logits that are there in full: [S, N, P, V]."""
-
-    def __init__(self, logits: torch.Tensor) -> None:
-        self._logits = logits.double()
-
-    def select(self, ids: torch.Tensor) -> torch.Tensor:
-        ids = ids.clamp(min=0).expand(self._logits.shape[0], *ids.shape)
-        return self._logits.gather(-1, ids)
-
-    def expect(self, probabilities: torch.Tensor) -> torch.Tensor:
-        return (self._logits * probabilities).sum(-1)
-
-    def logsumexp(self) -> torch.Tensor:
-        return self._logits.logsumexp(-1)
-
-    def logits(self) -> torch.Tensor:
-        return self._logits
 
 
 def measure(
