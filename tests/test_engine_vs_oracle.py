@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 
 import oracle
+from pahq.engine import engine as engine_module
 from pahq.method import acdc
 from pahq.method.acdc import Acdc, AcdcOptions, Decision
 from pahq.model.config import ModelConfig
@@ -183,6 +184,30 @@ def test_checkpoints_and_resumed_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     run()
     assert resumed >= 10
+
+
+def test_resumed_runs_go_on_in_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums round differently in batches of another size: what sizes them must not remember how a run began."""
+    monkeypatch.setattr(acdc, "CHECKPOINT_TESTS", 40)
+    monkeypatch.setattr(engine_module, "LAUNCH_FLOPS", {"cpu": 1e5})  # so that what a state costs has a say
+    cfg = ModelConfig(4, 6, 6, 32, 8, 64, 50, 50, 8)
+    model = build(cfg, random_weights(cfg, 0, set(), torch.float32))
+    draw = torch.Generator().manual_seed(1)
+    clean, corrupt = (torch.randint(50, (8, 8), generator=draw) for _ in range(2))
+    prompts = last_position(clean, corrupt, [[]] * 8, [[]] * 8)
+
+    def sweep(replay: list[Decision]) -> tuple[list[Decision], list[int]]:
+        sizes: list[int] = []
+        result = Acdc(model, prompts, AcdcOptions(0.003)).run(replay, lambda now: sizes.append(len(now.decisions)))
+        return result.decisions, sizes
+
+    decisions, sizes = sweep([])
+    checkpoints = [decision.order for decision in decisions if decision.checkpoint]
+    assert len(checkpoints) >= 4
+    for last in checkpoints:
+        again, later = sweep(decisions[: last + 1])
+        assert later == sizes[len(sizes) - len(later) :]
+        assert again == decisions  # bit for bit
 
 
 def test_screened_vocabulary(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pahq.engine.flops import KEPT
 from pahq.engine.marks import Reach
 from pahq.engine.nodes import Nodes
 from pahq.engine.reference import Run
@@ -54,7 +55,7 @@ class Differences:
         gap = self.spans.take(self.clean.sender(sender), level)
         gap = gap - self.spans.take(self.reference.sender(sender), level)
         if sender.kind == "head":
-            gap = self.nodes.write(gap, sender.layer, sender.index)
+            gap = self.nodes.write(gap, sender.layer, sender.index, KEPT)
         return gap.expand(self.spans.read.shape[0], -1, -1)
 
     def _table(self, level: Reach) -> tuple[Tensor, list[bool]] | None:

@@ -79,9 +79,9 @@ class Nodes:
             out[part] = block.mlp(block.ln2(rows[part]))
         return out.view(x.shape)
 
-    def write(self, z: Tensor, layer: int, head: int) -> Tensor:
-        """z [..., dh] of one head -> what it adds to the residual stream [..., d]."""
-        self.flops.add("out", z.numel() * self.model.config.d_model)
+    def write(self, z: Tensor, layer: int, head: int, component: str = "out") -> Tensor:
+        """z [..., dh] of one head -> what it adds to the residual stream [..., d]. component: where it is counted."""
+        self.flops.add(component, z.numel() * self.model.config.d_model)
         return z @ self.model.blocks[layer].attn.W_O[head]
 
     def write_into(self, x: Tensor, z: Tensor, layer: int, head: int) -> None:

@@ -183,9 +183,9 @@ class Acdc:
         """Evaluates one batch of states and takes every decision that it supports."""
         stop_at = CHECKPOINT_TESTS - self._since_checkpoint
         batch, guesses = self.speculator.batch(self.sweep, stop_at)
-        before = self.engine.flops.total
+        before = self.engine.flops.recurring
         metrics, slack = self.engine.evaluate(batch)
-        cost = (self.engine.flops.total - before) / len(metrics)
+        cost = (self.engine.flops.recurring - before) / len(metrics)
         self.speculator.overhead = self.engine.batch_overhead / max(cost, 1.0)
         self._sharpen(metrics, slack, guesses)
         base = self.engine.base_metric
