@@ -14,6 +14,7 @@ import pytest
 
 import commands
 from commands import Pahq
+from pahq.cli.options import task_options
 from pahq.report import machine
 from tiny import save_model, save_prompts
 
@@ -154,7 +155,8 @@ def test_every_option_reaches_the_run(pahq: Pahq, files: Path, tmp_path: Path) -
         "device": "cpu",
     }
     flags = ["absolute", "no-split-qkv", "no-direct-edges", "split-pos", "fold-ln", "center-writing", "center-unembed"]
-    words = [*options(files, **chosen), *(f"--{flag}" for flag in flags), "--pad", "--out", tmp_path / "run", "-q"]
+    words = [*options(files, **chosen), *(f"--{flag}" for flag in flags), "--out", tmp_path / "run", "-q"]
+    words += ["--pad", "--task-option", "prepend_bos=false", "--full-vocabulary"]
     answer = pahq("discover", *words)
     assert answer.code == 0, answer.err
     config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
@@ -163,6 +165,8 @@ def test_every_option_reaches_the_run(pahq: Pahq, files: Path, tmp_path: Path) -
         "model": str(files / "model"),
         "task": str(files / "prompts.jsonl"),
         "threshold": 0.001,
+        "task_options": {"prepend_bos": False},
+        "full_vocabulary": True,
         **{flag.removeprefix("no-").replace("-", "_"): not flag.startswith("no-") for flag in flags},
         "pad": True,
     }
@@ -183,3 +187,16 @@ def test_a_reader_that_stops_reading_is_no_error(files: Path, tmp_path: Path, pa
         ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"}
     )
     assert done.stderr == ""
+
+
+def test_task_options_are_read_and_judged(pahq: Pahq) -> None:
+    assert task_options(["templates=8", "prepend_bos=True", "path=a=b", "x=-1"]) == {
+        "templates": 8,
+        "prepend_bos": True,
+        "path": "a=b",
+        "x": -1,
+    }
+    refused = pahq("tasks", "show", "ioi", "--task-option", "templates")
+    assert refused.code == 2
+    assert refused.error == "task option 'templates' is not NAME=VALUE; write for example templates=8"
+    assert "templates is 99; choose 1 to 8" in pahq("tasks", "show", "ioi", "--task-option", "templates=99").error

@@ -61,7 +61,7 @@ def discover(
     progress: show a bar (or a line now and then) on standard error.
     options: the other fields of ``RunConfig``: method, metric, n, seed, ablation, absolute, head_order,
         sender_order, split_qkv, direct_edges, split_pos, fold_ln, center_writing, center_unembed, pad,
-        device, dtype.
+        task_options, full_vocabulary, device, dtype.
     Raises PahqError for bad input. Source: Conmy et al. 2023, section 3.
     """
     model_name = model if isinstance(model, str) else f"{OBJECT}{type(model).__name__}"
@@ -92,7 +92,7 @@ def execute(
     """
     watch = Watch() if watch is None else watch
     model = config.model if model is None else model
-    prompts_of = task if isinstance(task, Task) else get_task(config.task, **({"pad": True} if config.pad else {}))
+    prompts_of = task if isinstance(task, Task) else get_task(config.task, **_task_options(config))
     config = replace(_absolute(config), metric=_metric(config.metric, prompts_of))
     with nullcontext() if out is None else RunFolder(out) as folder:
         if folder is not None:
@@ -116,6 +116,10 @@ def resume(out: str | PathLike[str], *, watch: Watch | None = None, command: str
                 "call pahq.discover with that object and the same out to go on"
             )
     return execute(config, out, watch=watch, command=command)
+
+
+def _task_options(config: RunConfig) -> dict[str, Any]:
+    return config.task_options | ({"pad": True} if config.pad else {})
 
 
 class _Run:
@@ -191,7 +195,7 @@ class _Run:
             cut_journal(path, decisions, before, graph.edge_name)
             self.watch.say(f"going on after {len(decisions):,} decisions")
         start = time.perf_counter()
-        acdc = Acdc(model, prompts, _options(c))
+        acdc = Acdc(model, prompts, _options(c), screen=False if c.full_vocabulary else None)
 
         def spent(states: int, wasted: int) -> dict[str, Any]:
             flops = dict(before.get("flops", {}))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pahq.cli.options import task_options
 from pahq.errors import PahqError
 from pahq.files import explain, read_json
 from pahq.report.config import CHOICES, RunConfig
@@ -79,6 +80,12 @@ def discover(
     center_writing: Annotated[bool, typer.Option(help="Centre the weights that write to the residual.")] = False,
     center_unembed: Annotated[bool, typer.Option(help="Centre the unembedding over the vocabulary.")] = False,
     pad: Annotated[bool, typer.Option(help="Pad prompts of unequal length (prompt files).")] = False,
+    task_option: Annotated[
+        list[str] | None, typer.Option(help="An option of the task, NAME=VALUE, such as templates=8; repeat for more.")
+    ] = None,
+    full_vocabulary: Annotated[
+        bool, typer.Option("--full-vocabulary", help="Sum over the whole vocabulary for every state (slower).")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
     dtype: Annotated[str, typer.Option(help=_choice("dtype"))] = "float32",
     quiet: Quiet = False,
@@ -86,7 +93,7 @@ def discover(
 ) -> None:
     """Find a circuit. The same command goes on with a run that was cut short."""
     options = {name: value for name, value in locals().items() if name in RunConfig.__dataclass_fields__}
-    config = RunConfig(**options)
+    config = RunConfig(**options, task_options=task_options(task_option or []))
     folder = _default_folder(config) if out is None else out
 
     from pahq.api import execute

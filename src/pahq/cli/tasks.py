@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pahq.cli.options import task_options
 from pahq.errors import PahqError
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ def show(
     split: Annotated[str, typer.Option(help="train, validation, test or all.")] = "validation",
     pad: Annotated[bool, typer.Option("--pad", help="Allow prompts of unequal length (files only).")] = False,
     bos: Annotated[bool, typer.Option("--bos", help="Start prompts with the beginning-of-sequence token.")] = False,
+    task_option: Annotated[
+        list[str] | None, typer.Option(help="An option of the task, NAME=VALUE, such as templates=8; repeat for more.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Prompts with the tokens marked where clean and corrupt differ, and how well the model does on both."""
@@ -63,7 +67,7 @@ def show(
     from pahq.task import get_task
 
     options: dict[str, Any] = {option: True for option, on in (("pad", pad), ("prepend_bos", bos)) if on}
-    task = get_task(name, **options)
+    task = get_task(name, **task_options(task_option or []), **options)
     loaded = load_model(model)
     prompts = _as_many_as(task, loaded, n, seed, split)
     report = _measure(task, loaded, prompts) | {"split": split, "seed": seed}

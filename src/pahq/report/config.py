@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from pahq.errors import PahqError
@@ -26,6 +26,9 @@ class RunConfig:
     threshold: an edge goes if cutting it raises the metric by less than this.
     metric: None stands for the task's own metric.
     n, seed: number of prompts and the seed that draws them.
+    task_options: options of the task itself, such as ``{"templates": 8}``; pad is short for one of them.
+    full_vocabulary: sum over the whole vocabulary for every state; otherwise states far from the threshold
+        are measured by their likely tokens, which changes no decision but rounds their recorded effects.
     Raises PahqError for a value that no run can have.
     """
 
@@ -47,6 +50,8 @@ class RunConfig:
     center_writing: bool = False
     center_unembed: bool = False
     pad: bool = False
+    task_options: dict[str, Any] = field(default_factory=dict)
+    full_vocabulary: bool = False
     device: str = "cpu"
     dtype: str = "float32"
 
@@ -85,6 +90,6 @@ class RunConfig:
     def call(self, out: str | None = None) -> str:
         """The Python call that makes this run."""
         given = {f.name: getattr(self, f.name) for f in fields(self)}
-        default = {f.name: f.default for f in fields(self)}
+        default = {f.name: {} if f.name == "task_options" else f.default for f in fields(self)}
         words = [f"{name}={value!r}" for name, value in given.items() if value != default[name]]
         return f"pahq.discover({', '.join(words + ([] if out is None else [f'out={out!r}']))})"
