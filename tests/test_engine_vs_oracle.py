@@ -210,11 +210,17 @@ def test_resumed_runs_go_on_in_the_same_batches(monkeypatch: pytest.MonkeyPatch)
         assert again == decisions  # bit for bit
 
 
-def test_screened_vocabulary(capsys: pytest.CaptureFixture[str]) -> None:
-    """Likely tokens in full and the tail estimated: effects lose digits, decisions do not change."""
+@pytest.mark.parametrize("always", [True, False])
+def test_screened_vocabulary(always: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Likely tokens in full and the tail estimated: effects lose digits, decisions do not change.
+
+    always: the screen stays on where it does not pay, as it often does not with these small vocabularies.
+    """
+    if always:
+        monkeypatch.setattr("pahq.engine.engine.MOST", 2.0)
     tally, errors, states, escalated = Tally(), [], 0, 0
 
-    @drawn(80)
+    @drawn(80 if always else 40)
     @given(case=cases(vocab=400, metrics=("kl_div", "nll", "match_nll", "greaterthan")))
     def run(case: Case) -> None:
         nonlocal states, escalated
@@ -237,7 +243,7 @@ def test_screened_vocabulary(capsys: pytest.CaptureFixture[str]) -> None:
             f"states evaluated in full; error of effects: median {np.median(errors):.1g}, at most {max(errors):.1g}"
         )
     assert 0 < escalated < states
-    assert np.median(errors) > 1e-9  # the screen was at work
+    assert (np.median(errors) if always else max(errors)) > 1e-9  # the screen was at work
 
 
 @pytest.mark.parametrize("screen", [False, True])

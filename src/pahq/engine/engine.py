@@ -23,6 +23,8 @@ from pahq.task.prompts import Prompts
 
 LAUNCH_FLOPS = {"cpu": 2e8, "gpu": 5e10}
 """FLOPs a device could do in the time that one batch's operations take to be issued (some milliseconds)."""
+ENOUGH_STATES, MOST = 24, 0.5
+"""Once so many states were screened, this share of them evaluated in full as well ends the screening."""
 MEMORY_LIMIT = 2 << 30
 """Bytes that the values of one batch of states may take by default."""
 
@@ -71,6 +73,8 @@ class Engine:
         )
         self.tolerance = tolerance
         self.escalated = 0
+        self.screening = self.vocabulary.screen is not None
+        self._since_rebase = [0, 0]  # states evaluated, and how many of them in full as well
         self._rows: BatchPass | None = None
         self._final: tuple[int, Tensor] | None = None
         self._metrics = self._slack = self._estimate = np.empty(0)
@@ -96,7 +100,8 @@ class Engine:
         self._estimate = np.zeros(batch.n_states)
         if self._final is not None:
             first, final = self._final
-            read = self.vocabulary.read(final)
+            read = self.vocabulary.read(final, full=not self.screening)
+            self._since_rebase[0] += batch.n_states - first
             self._metrics[first:] = self.metric(read).cpu().numpy()
             self._slack[first:], self._estimate[first:] = read.slack, read.estimate
         self._check()
@@ -119,19 +124,22 @@ class Engine:
         if not states:
             return
         self.escalated += len(states)
+        self._since_rebase[1] += len(states)
         rows = torch.tensor([state - first for state in states], device=final.device)
         exact = self.metric(self.vocabulary.read(final[rows], full=True)).cpu().numpy()
         for state, value in zip(states, exact, strict=True):
             self._observe(self._metrics[state] - value, self._estimate[state])
             self._metrics[state], self._slack[state] = value, 0.0
         self._check()
+        # A screen that most states need to pass twice is a loss: do without until the next rebase.
+        evaluated, again = self._since_rebase
+        self.screening &= evaluated < ENOUGH_STATES or again < MOST * evaluated
 
     @property
     def batch_overhead(self) -> float:
         """What a batch costs however few its states, in FLOPs: launching its operations, and anchoring the screen."""
         launch = LAUNCH_FLOPS["cpu" if self.model.device.type == "cpu" else "gpu"]
-        anchoring = 0 if self.vocabulary.screen is None else 4 * self.prompts.read.numel() * self.model.W_U.numel()
-        return launch + anchoring
+        return launch + (4 * self.prompts.read.numel() * self.model.W_U.numel() if self.screening else 0)
 
     def commit(self, state: int) -> None:
         """Makes a state of the last evaluated batch the base."""
@@ -162,9 +170,10 @@ class Engine:
     def _set_base(self, final: Tensor, select: bool) -> None:
         """Measures a base state from its final residual stream [B, P, d] at the read positions."""
         self._base_final, self.base_slack = final, 0.0
-        if self.vocabulary.screen is not None:
-            self.vocabulary.anchor(final, select)
-        self.base_metric = float(self.metric(self.vocabulary.read(final[None], full=True))[0])
+        read = self.vocabulary.read(final[None], full=True)
+        if self.screening:
+            read.know_logsumexp(self.vocabulary.anchor(read.h[0], select)[None])
+        self.base_metric = float(self.metric(read)[0])
 
     def _observe(self, error: float, estimate: float) -> None:
         if self.vocabulary.screen is not None:
@@ -185,6 +194,7 @@ class Engine:
         """The base of ``marks``, computed afresh: a function of the mask alone, free of earlier rounding."""
         self.state.changed.clear()
         self._rows = None
+        self.screening, self._since_rebase = self.vocabulary.screen is not None, [0, 0]
         final = self.state.input(len(self.graph.receivers) - 1, Reach.READ)
         touched: set[tuple[int, int]] = set()  # heads whose q, k or v were set, ended by layer
         layer = -1

@@ -48,10 +48,12 @@ class Vocabulary:
         self._directions.append((probabilities, direction, bias))
         return direction, bias
 
-    def anchor(self, x: Tensor, select: bool) -> Tensor:
-        """Anchors the screen at one state: x [N, P, d] -> its log-sum-exp [N, P]. select: choose the tokens afresh."""
+    def anchor(self, h: Tensor, select: bool) -> Tensor:
+        """Anchors the screen at one state: normalised h [N, P, d] -> its log-sum-exp, float64 [N, P].
+
+        select: choose the tokens afresh.
+        """
         assert self.screen is not None
-        h = self.model.ln_final(x)
         rows = h.reshape(-1, h.shape[-1])
         self.flops.add("unembed", rows.numel() * self.model.W_U.shape[1])
         logits = rows @ self.model.W_U
@@ -88,6 +90,10 @@ class VocabularyReadout:
         self._count()
         out = self.h @ model.W_U
         return out if model.b_U is None else out + model.b_U
+
+    def know_logsumexp(self, value: Tensor) -> None:
+        """Takes the log-sum-exp [S, N, P] from elsewhere."""
+        self._logsumexp = value
 
     def logsumexp(self) -> Tensor:
         if self._logsumexp is None:

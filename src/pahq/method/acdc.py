@@ -224,7 +224,7 @@ class Acdc:
     def _sharpen(self, metrics: np.ndarray, slack: np.ndarray, guesses: list[bool]) -> None:
         """Has the states evaluated in full on which a decision within its slack of the threshold would rest.
 
-        Also those whose slack would make the recorded effect rough.
+        Also those of edges that stay, and those whose slack would make the recorded effect rough.
         """
         doubtful: set[int] = set()
         before = -1
@@ -236,7 +236,7 @@ class Acdc:
             size = abs(effect) if self.options.absolute else effect
             doubt = slack[state] + base_slack
             rough = doubt > ROUGH * max(abs(effect), abs(self.options.threshold))
-            if rough or abs(size - self.options.threshold) <= doubt:
+            if rough or size >= self.options.threshold or abs(size - self.options.threshold) <= doubt:
                 doubtful |= {state, before}
             if not guess:
                 before = state
