@@ -2,7 +2,7 @@
 
 (a) bench4: 4 layers of 8 heads, d_model 256, d_mlp 1024, vocabulary 1,000, folded LayerNorm, GELU-new, random
     weights, 32 prompts of 16 tokens, KL at the last position, threshold 0.01, one thread.
-(b) smollm2: SmolLM2-135M, ioi, 16 prompts, KL, threshold 0.05, all threads.
+(b) smollm2: SmolLM2-135M, ioi, 16 prompts (another draw for every repeat), KL, threshold 0.05, all threads.
 
 The plain pass (hooks off, logits at the last position only) is timed before and after every sweep, with
 transformers and with bare torch; the faster of the two counts. Beside it: the same edges evaluated by whole
@@ -129,16 +129,20 @@ def whole_passes(acdc: Acdc, result: AcdcResult, model: Transformer, prompts: Pr
 
 
 def measure(
-    name: str, model: Transformer, prompts: Prompts, threshold: float, repeats: int, sample: int, screen: bool | None
+    name: str, model: Transformer, draws: list[Prompts], threshold: float, sample: int, screen: bool | None
 ) -> tuple[float, dict[str, Any]]:
-    """Sweeps interleaved with plain passes -> (median PFE, everything worth knowing)."""
+    """A sweep for each draw of prompts, interleaved with plain passes -> (median PFE, everything worth knowing).
+
+    Counts, FLOPs and the comparison with whole passes are those of the last draw.
+    """
+    prompts = draws[0]
     passes = plain_passes(model, prompts)
     for call in passes.values():
         seconds(call)
     plain: dict[str, list[float]] = {which: [] for which in passes}
     runs: list[tuple[float, float]] = []
     acdc = result = None
-    for _ in range(repeats):
+    for prompts in draws:
         around: dict[str, list[float]] = {which: [] for which in passes}
 
         def time_plain(store: dict[str, list[float]] = around) -> None:
@@ -154,6 +158,7 @@ def measure(
         time_plain()
         for which, values in around.items():
             plain[which] += values
+        print(f"  {name}: {len(result.decisions)} tests in {spent:.1f} s", flush=True)
         runs.append((spent / len(result.decisions), min(median(v) for v in around.values())))
     assert acdc is not None
     assert result is not None
@@ -188,6 +193,7 @@ def measure(
 def main() -> None:
     options: argparse.ArgumentParser = parser(__doc__)
     options.add_argument("--repeats", type=int, default=3, help="sweeps of each case (default 3)")
+    options.add_argument("--full-vocabulary", action="store_true", help="smollm2 once more without the screen")
     options.add_argument("--only", choices=["bench4", "smollm2"], help="one case alone")
     given = options.parse_args()
     facts, figures, details = header(), {}, {}
@@ -196,15 +202,16 @@ def main() -> None:
         torch.set_num_threads(1)
         model, prompts = bench4()
         figures["pfe_bench4"], details["bench4"] = measure(
-            "bench4 (one thread)", model, prompts, 0.01, given.repeats, 40, None
+            "bench4 (one thread)", model, [prompts] * given.repeats, 0.01, 40, None
         )
         torch.set_num_threads(threads)
     if given.only != "bench4":
         model = load_model("smollm2-135m")
-        prompts = get_task("ioi").prompts(model, 16, seed=0)
-        for name, screen in (("smollm2", None), ("smollm2_full_vocabulary", False)):
-            repeats = given.repeats if screen is None else 1
-            figures[f"pfe_{name}"], details[name] = measure(name, model, prompts, 0.05, repeats, 12, screen)
+        draws = [get_task("ioi").prompts(model, 16, seed=seed) for seed in range(given.repeats)]
+        figures["pfe_smollm2"], details["smollm2"] = measure("smollm2", model, draws, 0.05, 12, None)
+        if given.full_vocabulary:
+            name = "smollm2_full_vocabulary"
+            figures[f"pfe_{name}"], details[name] = measure(name, model, draws[-1:], 0.05, 12, False)
     for name in [key for key in details if "full_forward" in details[key]]:
         base = details[name]["full_forward"]
         figures[f"speedup_{name}"] = base["whole_s"] / details[name]["per_test_s"]
