@@ -87,6 +87,36 @@ def test_other_tools_files(tmp_path: Path, model: Transformer) -> None:
             assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
+def test_years_as_labels(tmp_path: Path, model: Transformer) -> None:
+    """Greater-than prompts as published: the label is the prompt's year, right are the later ones."""
+
+    def text(year: int) -> str:
+        return f"The war lasted from the year 17{year:02} to the year 17"
+
+    years = (32, 5, 98, 0)
+    rows = [[text(year), text(1), str(year)] for year in years[:3]] + [[text(0), text(1), "00"]]
+    task = get_task(table(tmp_path, ["clean", "corrupted", "label"], rows))
+    assert (task.default_metric, task.summed) == ("greaterthan", True)
+    prompts = task.prompts(model, 4, split="all")
+    token = [model.tokenizer.encode(f"{year:02}")[0] for year in range(100)]
+    assert len(set(token)) == 100
+    for i, year in enumerate(years):
+        right, wrong = (side[i, 0][side[i, 0] >= 0].tolist() for side in (prompts.answers, prompts.wrong))
+        assert right == token[year + 1 :]
+        assert wrong == token[: year + 1]
+        assert prompts.clean[i, 7].item() == token[year]
+
+    with pytest.raises(PahqError, match=r"pairs.csv: line 2: a label needs a tokenizer with one token for a year's"):
+        task.prompts(toy_model(byte_level(years=False)), 4, split="all")
+    numbers = get_task(jsonl(tmp_path, [{"clean": text(5), "corrupt": text(1), "label": 5}]))
+    assert torch.equal(numbers.prompts(model, 1, split="all").answers[0, 0, :94], prompts.answers[1, 0, :94])
+    both = get_task(jsonl(tmp_path, [pair(label="positive")]))  # answers given: a label of another kind is no matter
+    assert both.default_metric == "logit_diff"
+    for bad in ("99", "-1", "173", "1.5", "positive", ""):
+        with pytest.raises(PahqError, match=rf"line 2: 'label' is '{bad}', not the last two digits"):
+            get_task(table(tmp_path, ["clean", "corrupted", "label"], [[text(5), text(1), bad]]))
+
+
 def test_csv_texts_and_lists(tmp_path: Path, model: Transformer) -> None:
     rows = [
         [" Mary and John,", " Anna and John,", " Mary", "[' Anna', \" Paul\"]"],

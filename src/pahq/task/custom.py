@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from pahq.errors import PahqError
 from pahq.model.transformer import Transformer
 from pahq.task.base import SPLITS, Task, check_request, share
 from pahq.task.files import Row, read_rows
+from pahq.task.greaterthan import two_digit_tokens
 from pahq.task.prompts import Prompts, pad_ids
 from pahq.task.tokens import Tokens
 
@@ -23,6 +24,7 @@ class FileTask(Task):
     The rows, shuffled by the seed, are dealt to the three splits in turn; split ``all`` takes them in file order.
     pad: allow prompts of unequal length (padded on the right; the padding is never read). The two prompts of
     one pair must have the same length even so. prepend_bos: start every prompt with that token.
+    Rows with a year for a label are greater-than prompts: right is every later year of the century.
     """
 
     path: Path
@@ -36,6 +38,8 @@ class FileTask(Task):
         self.rows = read_rows(self.path)
         self.name = str(self.path)
         self.description = f"{len(self.rows)} prompt pairs of {self.path.name}"
+        if all(row.year is not None for row in self.rows):
+            self.default_metric, self.summed = "greaterthan", True
 
     def prompts(self, model: Transformer, n: int, seed: int = 0, split: str = "validation") -> Prompts:
         check_request(self.name, n, split)
@@ -54,7 +58,9 @@ class FileTask(Task):
                 f"{self.path}: {n} examples asked for, but split '{split}' has {len(chosen)}{whole}; "
                 f"ask for fewer{'' if split == 'all' else ', add rows, or take split all'}"
             )
-        encoded = [self._encode(tokens, row) for row in self.rows]  # all of them, so that no fault depends on the seed
+        encoded = [
+            self._encode(tokens, row) for row in self._answered(tokens)
+        ]  # all of them, so that no fault depends on the seed
         if not self.pad:
             first = len(encoded[0][0])
             for row, (clean, *_) in zip(self.rows, encoded, strict=True):
@@ -69,6 +75,24 @@ class FileTask(Task):
             tokens.tokenizer.eos_token_id or 0,
             self.pad,
         ).to(model.device)
+
+    def _answered(self, tokens: Tokens) -> list[Row]:
+        """The rows, with answers in place of years: the tokens of two digits above the year, and of the others."""
+        labelled = next((row for row in self.rows if row.year is not None), None)
+        if labelled is None:
+            return self.rows
+        years = [token for _, token in sorted(two_digit_tokens(tokens).items())]
+        if not years:
+            raise PahqError(
+                f"{self.path}: {labelled.where}: a label needs a tokenizer with one token for a year's last two "
+                "digits, as GPT-2's; give answers and wrong_answers instead"
+            )
+        return [
+            row
+            if row.year is None
+            else replace(row, answers=tuple(years[row.year + 1 :]), wrong=tuple(years[: row.year + 1]))
+            for row in self.rows
+        ]
 
     def _encode(self, tokens: Tokens, row: Row) -> tuple[list[int], list[int], list[int], list[int]]:
         """Ids of the clean prompt, the corrupt one, the right answers and the wrong ones."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import csv
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +24,26 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "wrong_answers": ("wrong_answers", "incorrect_idx"),
 }
 """What a row needs, and the names under which it is found."""
+SIDES = ("answers", "wrong_answers")
+LABEL = "label"
+"""In place of answers, in tables of greater-than prompts: the two digits that end the prompt's year."""
+LAST_YEAR = 98
+"""The last label that has later years in its century."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt pair of a file. where: its place in the file, for messages; ints among the answers are token ids."""
+    """One prompt pair of a file. where: its place in the file, for messages; ints among the answers are token ids.
+
+    year: the last two digits of the prompt's year, where these stand for the answers: all later ones are right.
+    """
 
     where: str
     clean: str
     corrupt: str
     answers: tuple[str | int, ...]
     wrong: tuple[str | int, ...]
+    year: int | None = None
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -102,7 +112,7 @@ def _csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             if len(cells) != len(header):
                 raise PahqError(f"{path}: {where} has {len(cells)} cells, but the header has {len(header)}; mend it")
             fields: dict[str, Any] = dict(zip(header, cells, strict=True))
-            for name in (*COLUMNS["answers"], *COLUMNS["wrong_answers"]):
+            for name in (name for side in SIDES for name in COLUMNS[side]):
                 if name in fields:
                     fields[name] = _cell(fields[name], f"{path}: {where}: {name}", ids=name.endswith("_idx"))
             yield where, fields
@@ -131,8 +141,11 @@ def _cell(cell: str, where: str, ids: bool) -> Any:
 def _row(path: Path, where: str, fields: Any) -> Row:
     if not isinstance(fields, dict):
         raise PahqError(f"{path}: {where} is no object; give one with {', '.join(COLUMNS)}")
+    labelled = LABEL in fields and not any(name in fields for side in SIDES for name in COLUMNS[side])
     found: dict[str, Any] = {}
     for column, names in COLUMNS.items():
+        if labelled and column in SIDES:
+            continue
         name = next((name for name in names if name in fields), None)
         if name is None:
             raise PahqError(f"{path}: {where} has no '{column}'; a row needs {', '.join(COLUMNS)}")
@@ -140,8 +153,10 @@ def _row(path: Path, where: str, fields: Any) -> Row:
     for column in ("clean", "corrupt"):
         if not isinstance(found[column], str) or not found[column]:
             raise PahqError(f"{path}: {where}: '{column}' is {found[column]!r}; give a text")
+    if labelled:
+        return Row(where, found["clean"], found["corrupt"], (), (), _year(path, where, fields[LABEL]))
     sides = []
-    for column in ("answers", "wrong_answers"):
+    for column in SIDES:
         value = found[column]
         values = value if isinstance(value, list | tuple) else [value]
         for answer in values:
@@ -151,3 +166,14 @@ def _row(path: Path, where: str, fields: Any) -> Row:
     if not sides[0]:
         raise PahqError(f"{path}: {where} has no answers; give at least one")
     return Row(where, found["clean"], found["corrupt"], sides[0], sides[1])
+
+
+def _year(path: Path, where: str, label: Any) -> int:
+    """The two digits that a label gives, as text or as a number."""
+    text = str(label).strip()
+    if isinstance(label, bool) or not re.fullmatch(r"[0-9]{1,2}", text) or int(text) > LAST_YEAR:
+        raise PahqError(
+            f"{path}: {where}: '{LABEL}' is {label!r}, not the last two digits of a year (00 to {LAST_YEAR}); "
+            f"give them, or columns {' and '.join(SIDES)} instead"
+        )
+    return int(text)
