@@ -155,6 +155,7 @@ def test_every_option_reaches_the_run(pahq: Pahq, files: Path, tmp_path: Path) -
         "device": "cpu",
     }
     flags = ["absolute", "no-split-qkv", "no-direct-edges", "split-pos", "fold-ln", "center-writing", "center-unembed"]
+    flags += ["fold-value-biases"]
     words = [*options(files, **chosen), *(f"--{flag}" for flag in flags), "--out", tmp_path / "run", "-q"]
     words += ["--pad", "--task-option", "prepend_bos=false", "--full-vocabulary"]
     answer = pahq("discover", *words)

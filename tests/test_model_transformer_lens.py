@@ -17,7 +17,11 @@ from torch import Tensor
 
 from pahq.errors import PahqError
 from pahq.model import load_model
+from pahq.model.config import ModelConfig
+from pahq.model.fold import fold_value_biases
+from pahq.model.transformer import build
 from pahq.model.transformer_lens import load_npz
+from random_models import random_weights
 from test_model_architectures import CASES, TOKENS, random_model, reference
 
 GOLDEN = Path(os.environ.get("PAHQ_GOLDEN", Path(__file__).parent.parent / "../shared/golden"))
@@ -205,11 +209,12 @@ FOLDABLE = [name for name in VARIANTS if name != "shortformer"]
 
 
 @pytest.mark.parametrize("variant", FOLDABLE)
-@pytest.mark.parametrize("options", ["fold_ln", "center_writing", "center_unembed", "all"])
+@pytest.mark.parametrize("options", ["fold_ln", "center_writing", "center_unembed", "fold_value_biases", "all"])
 def test_folding_keeps_log_probabilities(variant: str, options: str) -> None:
     cfg = BASE | VARIANTS[variant]
     pair = (lens_state(cfg), cfg)
-    names = ["fold_ln", "center_writing", "center_unembed"] if options == "all" else [options]
+    every = ["fold_ln", "center_writing", "center_unembed", "fold_value_biases"]
+    names = every if options == "all" else [options]
     is_layer_norm = (cfg["normalization_type"] or "").startswith("LN")
     if not is_layer_norm and "center_writing" in names:
         with pytest.raises(PahqError, match=r"center_writing: .*no LayerNorm"):
@@ -221,6 +226,7 @@ def test_folding_keeps_log_probabilities(variant: str, options: str) -> None:
         fold_ln="fold_ln" in names,
         center_writing="center_writing" in names,
         center_unembed="center_unembed" in names,
+        fold_value_biases="fold_value_biases" in names,
     )
     expected, logits = (model.forward(TOKENS).double().log_softmax(-1) for model in (plain, folded))
     assert (logits - expected).abs().max() < 1e-4 * max(1.0, float(expected.abs().max()) / 20)
@@ -232,6 +238,28 @@ def test_folding_keeps_log_probabilities(variant: str, options: str) -> None:
         assert folded.residual(TOKENS).mean(-1).abs().max() < 1e-4
     if "center_unembed" in names:
         assert folded.forward(TOKENS).mean(-1).abs().max() < 1e-3
+    if "fold_value_biases" in names:
+        assert all(block.attn.b_V is None and block.attn.b_O is not None for block in folded.blocks)
+
+
+@pytest.mark.parametrize("drop", [set(), {"b_O"}, {"b_V"}])
+def test_value_biases_of_groups_go_through_every_head(drop: set[str]) -> None:
+    cfg = ModelConfig(2, 6, 2, 10, 4, 7, 12, 12, 8)
+    weights = random_weights(cfg, 0, drop)
+    original = dict(weights)
+    plain, folded = build(cfg, weights), build(*fold_value_biases(cfg, weights))
+    torch.testing.assert_close(
+        folded.forward(TOKENS[:, :8] % 12), plain.forward(TOKENS[:, :8] % 12), rtol=0, atol=1e-11
+    )
+    assert weights.keys() == original.keys()
+    for before, after in zip(plain.blocks, folded.blocks, strict=True):
+        assert after.attn.b_V is None
+        expected = torch.zeros(10, dtype=torch.float64) if before.attn.b_O is None else before.attn.b_O.clone()
+        for head in range(6):
+            if before.attn.b_V is not None:
+                expected += before.attn.b_V[head // 3] @ before.attn.W_O[head]
+        after_bias = torch.zeros(10).double() if after.attn.b_O is None else after.attn.b_O
+        torch.testing.assert_close(after_bias, expected)
 
 
 @pytest.mark.parametrize("case", ["gpt2", "opt", "qwen2", "neox"])

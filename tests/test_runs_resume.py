@@ -203,6 +203,8 @@ def test_bad_arguments_from_python() -> None:
         pahq.discover(transformer(), RandomTask(), 0.1, metric="accuracy")
     with pytest.raises(PahqError, match="fold_ln: the model is loaded already"):
         pahq.discover(transformer(), RandomTask(), 0.1, fold_ln=True)
+    with pytest.raises(PahqError, match="fold_value_biases: the model is loaded already"):
+        pahq.discover(transformer(), RandomTask(), 0.1, fold_value_biases=True)
     with pytest.raises(PahqError, match="device: 'warp' cannot be used"):
         pahq.discover(transformer(), RandomTask(), 0.1, device="warp")
     with pytest.raises(PahqError, match="threshold: nan"):

@@ -60,8 +60,8 @@ def discover(
     out: folder for the run's files; a run that was cut short there goes on, a finished one is loaded.
     progress: show a bar (or a line now and then) on standard error.
     options: the other fields of ``RunConfig``: method, metric, n, seed, ablation, absolute, head_order,
-        sender_order, split_qkv, direct_edges, split_pos, fold_ln, center_writing, center_unembed, pad,
-        task_options, full_vocabulary, device, dtype.
+        sender_order, split_qkv, direct_edges, split_pos, fold_ln, center_writing, center_unembed,
+        fold_value_biases, pad, task_options, full_vocabulary, device, dtype.
     Raises PahqError for bad input. Source: Conmy et al. 2023, section 3.
     """
     model_name = model if isinstance(model, str) else f"{OBJECT}{type(model).__name__}"
@@ -260,7 +260,7 @@ def _load(model: Any, config: RunConfig, watch: Watch) -> Transformer:
         raise PahqError(f"device: '{config.device}' cannot be used ({reason}); take cpu") from error
     dtype = {"float32": torch.float32, "float64": torch.float64}[config.dtype]
     if isinstance(model, Transformer):
-        for option in ("fold_ln", "center_writing", "center_unembed"):
+        for option in ("fold_ln", "center_writing", "center_unembed", "fold_value_biases"):
             if getattr(config, option):
                 raise PahqError(f"{option}: the model is loaded already; give the option to load_model instead")
         return model.to(config.device, dtype)
@@ -272,6 +272,7 @@ def _load(model: Any, config: RunConfig, watch: Watch) -> Transformer:
         fold_ln=config.fold_ln,
         center_writing=config.center_writing,
         center_unembed=config.center_unembed,
+        fold_value_biases=config.fold_value_biases,
     )
 
 

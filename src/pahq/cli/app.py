@@ -79,6 +79,7 @@ def discover(
     fold_ln: Annotated[bool, typer.Option(help="Fold layer norm into the weights that follow.")] = False,
     center_writing: Annotated[bool, typer.Option(help="Centre the weights that write to the residual.")] = False,
     center_unembed: Annotated[bool, typer.Option(help="Centre the unembedding over the vocabulary.")] = False,
+    fold_value_biases: Annotated[bool, typer.Option(help="Fold value biases into the output bias.")] = False,
     pad: Annotated[bool, typer.Option(help="Pad prompts of unequal length (prompt files).")] = False,
     task_option: Annotated[
         list[str] | None, typer.Option(help="An option of the task, NAME=VALUE, such as templates=8; repeat for more.")

@@ -82,3 +82,20 @@ def center_unembed(cfg: ModelConfig, weights: Mapping[str, Tensor]) -> tuple[Mod
         if name in out:
             out[name] = out[name] - out[name].mean(-1, keepdim=True)
     return cfg, out
+
+
+def fold_value_biases(cfg: ModelConfig, weights: Mapping[str, Tensor]) -> tuple[ModelConfig, Weights]:
+    """Moves every layer's value biases into its output bias, where no edge carries them.
+
+    A head's attention adds up to one, so that it passes its value bias on whole: b_O gains the sum over heads of
+    b_V @ W_O, a group's b_V through each of its heads. b_V is gone afterwards.
+    """
+    out = dict(weights)
+    for layer in range(cfg.n_layers):
+        at = f"blocks.{layer}.attn"
+        values = out.pop(f"{at}.b_V", None)  # [G, dh]
+        if values is None:
+            continue
+        moved = (values.repeat_interleave(cfg.group_size, dim=0)[:, None] @ out[f"{at}.W_O"]).sum((0, 1))
+        out[f"{at}.b_O"] = out[f"{at}.b_O"] + moved if f"{at}.b_O" in out else moved
+    return cfg, out

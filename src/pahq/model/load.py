@@ -32,6 +32,7 @@ def load_model(
     fold_ln: bool = False,
     center_writing: bool = False,
     center_unembed: bool = False,
+    fold_value_biases: bool = False,
     tokenizer: Any = None,
 ) -> Transformer:
     """The model that ``spec`` names, ready to run.
@@ -39,8 +40,8 @@ def load_model(
     spec: an embedded name (``smollm2-135m``), a hub id or a local folder in ``transformers``' format, a
         ``.gguf`` file, a ``transformers`` model object, a TransformerLens model object, or a pair
         (state dict, configuration) in the names of either library.
-    fold_ln, center_writing, center_unembed: TransformerLens' simplifications of the weights. They leave
-        log-probabilities as they are.
+    fold_ln, center_writing, center_unembed, fold_value_biases: TransformerLens' simplifications of the weights
+        (its ``from_pretrained`` makes all four unless told otherwise). They leave log-probabilities as they are.
     tokenizer: a ``transformers`` tokenizer to use instead of the model's own (live models often bring none).
 
     Raises PahqError for unknown names, unsupported architectures, damaged or unfitting weights, absent devices.
@@ -50,7 +51,7 @@ def load_model(
     except (RuntimeError, AssertionError) as error:  # builds without a backend raise the latter
         reason = str(error).partition("\n")[0]
         raise PahqError(f"device '{device}': cannot be used here ({reason}); use 'cpu' or another device") from None
-    simplify = fold_ln or center_writing or center_unembed
+    simplify = fold_ln or center_writing or center_unembed or fold_value_biases
     exact = torch.float32 if simplify and dtype.itemsize < 4 else dtype  # sums over weights want the digits
     cfg, weights, own_tokenizer, source, checked = gather(spec, device, exact)
     if simplify:
@@ -60,11 +61,13 @@ def load_model(
             (fold_ln, fold.fold_layer_norm),
             (center_writing, fold.center_writing_weights),
             (center_unembed, fold.center_unembed),
+            (fold_value_biases, fold.fold_value_biases),  # last: folding the norms makes value biases
         ):
             if wanted:
                 cfg, weights = step(cfg, weights)
         weights = finish(weights, device, dtype)
         source |= {"fold_ln": fold_ln, "center_writing": center_writing, "center_unembed": center_unembed}
+        source["fold_value_biases"] = fold_value_biases
     tokenizer = own_tokenizer if tokenizer is None else tokenizer
     return build(cfg, weights, tokenizer, source, check_values=not checked)
 

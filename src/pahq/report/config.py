@@ -49,6 +49,7 @@ class RunConfig:
     fold_ln: bool = False
     center_writing: bool = False
     center_unembed: bool = False
+    fold_value_biases: bool = False
     pad: bool = False
     task_options: dict[str, Any] = field(default_factory=dict)
     full_vocabulary: bool = False
