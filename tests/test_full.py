@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,13 +12,15 @@ from hypothesis import given
 
 import oracle
 from pahq.engine import full
+from pahq.engine.engine import Engine
 from pahq.engine.full import FullEvaluator, patched_logits
 from pahq.engine.reference import reference_run
 from pahq.errors import PahqError
 from pahq.graph import Graph
 from pahq.model.config import ModelConfig
 from pahq.model.transformer import build
-from pahq.task.prompts import last_position
+from pahq.task.prompts import Prompts, last_position
+from pahq.task.score import read_logits
 from random_models import Case, cases, drawn, random_weights
 
 
@@ -85,3 +90,27 @@ def test_mask_of_another_graph_is_refused() -> None:
     joint = Graph(cfg, split_qkv=False)
     with pytest.raises(PahqError, match=r"mask: its shape \[7, 4\] does not fit the \[3, 4\]"):
         patched_logits(model, prompts, joint, Graph(cfg).edges)
+
+
+def test_padding_that_would_be_seen_is_refused_wherever_a_model_runs() -> None:
+    tokens = torch.ones(2, 3, dtype=torch.int64)
+    pad = torch.tensor([[False, False, False], [False, False, True]])
+    even = last_position(tokens, tokens, [[0], [0]], [[1], [1]])
+    padded = replace(even, read=torch.tensor([[2], [1]]), pad=pad)
+    for causal in (True, False):
+        cfg = ModelConfig(1, 2, 2, 6, 3, 0, 9, 9, 5, norm="none", causal=causal)
+        model, graph = build(cfg, random_weights(cfg, 0, set())), Graph(cfg)
+        doors: list[Callable[[Prompts], object]] = [
+            lambda given, model=model: read_logits(model, given),
+            lambda given, model=model, graph=graph: patched_logits(model, given, graph, graph.edges),
+            lambda given, model=model, graph=graph: FullEvaluator(model, given, graph),
+            lambda given, model=model, graph=graph: Engine(model, given, graph),
+        ]
+        for door in doors:
+            door(even)
+            door(replace(even, pad=torch.zeros_like(pad)))
+            if causal:
+                door(padded)
+                continue
+            with pytest.raises(PahqError, match="padding needs causal attention"):
+                door(padded)

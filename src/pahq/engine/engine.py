@@ -19,7 +19,7 @@ from pahq.errors import PahqError
 from pahq.graph import Graph
 from pahq.model.transformer import Transformer
 from pahq.task.metrics import get_metric
-from pahq.task.prompts import Prompts
+from pahq.task.prompts import Prompts, check_padding
 
 LAUNCH_FLOPS = {"cpu": 2e8, "gpu": 5e10}
 """FLOPs a device could do in the time that one batch's operations take to be issued (some milliseconds)."""
@@ -51,8 +51,7 @@ class Engine:
 
         tolerance: how much slack the base state's own metric may have.
         """
-        if prompts.pad is not None and not model.config.causal and bool(prompts.pad.any()):
-            raise PahqError("prompts: padding needs causal attention; give a bidirectional model prompts of one length")
+        check_padding(prompts, model.config)
         self.model, self.prompts, self.graph, self.memory_limit = model, prompts, graph, memory_limit
         self.flops = Flops()
         clean = run(model, prompts.clean, graph.split_pos)

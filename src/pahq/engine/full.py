@@ -15,7 +15,7 @@ from pahq.errors import PahqError
 from pahq.graph import Graph, Receiver, Sender
 from pahq.graph.nodes import ReceiverKind
 from pahq.model.transformer import Transformer
-from pahq.task.prompts import Prompts
+from pahq.task.prompts import Prompts, check_padding
 
 CHUNK_BYTES = 256 * 2**20
 """Bound on the sender values held at a time; longer sets of prompts are evaluated piece by piece."""
@@ -34,7 +34,7 @@ def patched_logits(
     mask: bool [n_receivers, n_senders + 1]. visited: bool [n_receivers], the receivers whose input is
     reference + sum over present edges of (sender now - sender in the reference run); the others read the
     ordinary residual stream (all are visited by default).
-    Raises PahqError for a mask of another shape or an unknown ablation.
+    Raises PahqError for a mask of another shape, an unknown ablation, or padding that the model would attend to.
     """
     if mask.shape != graph.shape:
         raise PahqError(
@@ -65,6 +65,7 @@ class FullEvaluator:
         ablation: str = "resample",
         reference: Run | None = None,
     ) -> None:
+        check_padding(prompts, model.config)
         self.model, self.prompts, self.graph = model, prompts, graph
         self.ref = reference_run(model, prompts, ablation, graph.split_pos) if reference is None else reference
         # delta [senders, N, T, d]: each sender's value now - in the reference run

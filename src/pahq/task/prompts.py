@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pahq.errors import PahqError
+from pahq.model.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ class Prompts:
     def to(self, device: torch.device | str) -> Prompts:
         names = ("clean", "corrupt", "read", "read_mask", "answers", "wrong", "pad")
         return replace(self, **{n: getattr(self, n).to(device) for n in names if getattr(self, n) is not None})
+
+
+def check_padding(prompts: Prompts, config: ModelConfig) -> None:
+    """Raises PahqError where a model would attend to padding: a bidirectional one sees what lies to the right."""
+    if prompts.pad is not None and not config.causal and bool(prompts.pad.any()):
+        raise PahqError("prompts: padding needs causal attention; give a bidirectional model prompts of one length")
 
 
 def last_position(

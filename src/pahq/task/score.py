@@ -7,11 +7,15 @@ from torch import Tensor
 
 from pahq.errors import PahqError
 from pahq.model.transformer import Transformer
-from pahq.task.prompts import Prompts
+from pahq.task.prompts import Prompts, check_padding
 
 
 def read_logits(model: Transformer, prompts: Prompts, which: str = "clean", batch: int = 16) -> Tensor:
-    """The whole model's logits [N, P, V] at the positions read, on ``which`` ("clean" or "corrupt") prompts."""
+    """The whole model's logits [N, P, V] at the positions read, on ``which`` ("clean" or "corrupt") prompts.
+
+    Raises PahqError for padding that the model would attend to.
+    """
+    check_padding(prompts, model.config)
     tokens = {"clean": prompts.clean, "corrupt": prompts.corrupt}[which]
     parts = []
     for rows, read in zip(tokens.split(batch), prompts.read.split(batch), strict=True):
