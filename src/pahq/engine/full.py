@@ -155,11 +155,9 @@ class FullEvaluator:
         cut = self.mask[rows, graph.direct] < graph.edges[rows, graph.direct]
         if which == "q" and kind == "qkv":  # a group's input feeds all its heads
             x, cut = x.repeat_interleave(cfg.group_size, dim=0), cut.repeat(cfg.group_size)
-        weight = {"q": attn.W_Q, "k": attn.W_K, "v": attn.W_V}[which]
-        bias = {"q": attn.b_Q, "k": attn.b_K, "v": attn.b_V}[which]
+        weight, bias, norm = attn.parts(which)
         out = torch.einsum("hntd,hdc->nhtc", x, weight)
         out = out if bias is None else out + bias[:, None]
-        norm = {"q": attn.q_norm, "k": attn.k_norm, "v": None}[which]
         out = out if norm is None else norm(out)
         fallback = {"q": self.ref.q, "k": self.ref.k, "v": self.ref.v}[which][layer]
         return torch.where(torch.from_numpy(cut).to(out.device)[:, None, None], fallback, out)

@@ -95,24 +95,27 @@ class Attention:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
 
+    def parts(self, which: str) -> tuple[Tensor, Tensor | None, Norm | None]:
+        """Weight, bias and norm of all heads' (groups') ``which``: q, k or v."""
+        if which == "q":
+            return self.W_Q, self.b_Q, self.q_norm
+        return (self.W_K, self.b_K, self.k_norm) if which == "k" else (self.W_V, self.b_V, None)
+
     def project(self, x: Tensor, which: str, index: int) -> Tensor:
         """Normalised input x [..., d] of head (group) ``index`` -> its q, k or v [..., dh].
 
         Query/key norms are part of it, the rotary turn is not.
         """
-        weight = {"q": self.W_Q, "k": self.W_K, "v": self.W_V}[which][index]
-        bias = {"q": self.b_Q, "k": self.b_K, "v": self.b_V}[which]
+        weights, bias, norm = self.parts(which)
+        weight = weights[index]
         out = x @ weight if bias is None else torch.addmm(bias[index], x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
-        norm = {"q": self.q_norm, "k": self.k_norm, "v": None}[which]
         return out if norm is None else norm(out)
 
     def project_all(self, x: Tensor, which: str) -> Tensor:
         """Normalised input x [..., T, d] shared by all heads -> [..., heads, T, dh] (groups for k and v)."""
-        weight = {"q": self.W_Q, "k": self.W_K, "v": self.W_V}[which]
-        bias = {"q": self.b_Q, "k": self.b_K, "v": self.b_V}[which]
+        weight, bias, norm = self.parts(which)
         out = x.unsqueeze(-3) @ weight
         out = out if bias is None else out + bias[:, None, :]
-        norm = {"q": self.q_norm, "k": self.k_norm, "v": None}[which]
         return out if norm is None else norm(out)
 
 
