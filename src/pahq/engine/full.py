@@ -34,6 +34,8 @@ def patched_logits(
     mask: bool [n_receivers, n_senders + 1]. visited: bool [n_receivers], the receivers whose input is
     reference + sum over present edges of (sender now - sender in the reference run); the others read the
     ordinary residual stream (all are visited by default).
+    Under mean ablation the means are taken over the corrupted prompts at hand, not over those that a circuit was
+    found on: with other prompts, or fewer, the same example can have other logits.
     Raises PahqError for a mask of another shape, an unknown ablation, or padding that the model would attend to.
     """
     if mask.shape != graph.shape:

@@ -43,6 +43,7 @@ def behaviour(
 
     For each: ``metric`` (as minimised), ``accuracy`` (share of examples where a right answer wins) and
     ``logit_difference`` (right minus wrong); the last two are None for prompts without answers.
+    Under mean ablation removed edges take the means of these very prompts, not of those the circuit was found on.
     """
     logits = {
         "full": read_logits(model, prompts, "clean"),

@@ -34,6 +34,9 @@ class Edge(NamedTuple):
 class Circuit:
     """A subset of a graph's edges, with the evidence for it.
 
+    It holds no values for the edges that are cut: whoever runs it takes them from the prompts at hand
+    (``patched_logits``); so under mean ablation the means are those of these prompts.
+
     mask: bool [n_receivers, n_senders + 1], True where an edge is kept; the last column is ``direct``.
     effects: float64, same shape: metric without the edge minus metric with it, NaN where untested.
     order: int64, same shape: when the edge was tested, from 0; -1 where untested.
