@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 from gguf_files import ARCHES, VOCABULARY, write_gguf
 from pahq.errors import PahqError
 from pahq.model import load_model
+from pahq.model.architectures import rope_fields
+from pahq.model.gguf_file import fraction_of
 from pahq.model.gguf_tokenizer import LLAMA3_SPLIT, build_tokenizer
 from test_model_architectures import TOKENS, assert_same, random_model, reference
 
@@ -35,6 +38,14 @@ def test_scaled_frequencies_of_a_gguf(tmp_path: Path, own_cache: Path) -> None:
     write_gguf(tmp_path / "yarn.gguf", "llama", model, {"llama.rope.scaling.type": "yarn"})
     with pytest.raises(PahqError, match="rotary scaling 'yarn'"):
         load_model(tmp_path / "yarn.gguf")
+
+
+def test_rotary_dimensions_survive_the_way_through_a_fraction() -> None:
+    for d_head in range(2, 300, 2):
+        for rotary in range(2, d_head + 1, 2):
+            settings = {"rope_type": "default", "partial_rotary_factor": fraction_of(rotary, d_head)}
+            found = rope_fields(SimpleNamespace(head_dim=d_head, rope_parameters=settings))
+            assert found["rotary_dim"] == rotary
 
 
 def test_unsupported_gguf_architecture_is_refused(tmp_path: Path, own_cache: Path) -> None:

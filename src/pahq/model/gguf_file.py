@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -156,7 +157,7 @@ def hf_config(path: Path, metadata: dict[str, Any], tensors: dict[str, Any], fam
     if model_type != "gptj":
         fields.pop("rotary_dim", None)
     if model_type not in ("gpt2", "gptj"):
-        fields["rope_parameters"] = rope_parameters(metadata, family, rotary / d_head)
+        fields["rope_parameters"] = rope_parameters(metadata, family, fraction_of(rotary, d_head))
     if family == "llama" and f"{family}.attention.sliding_window" in metadata:
         model_type = "mistral"
         fields["sliding_window"] = metadata[f"{family}.attention.sliding_window"]
@@ -171,6 +172,11 @@ def hf_config(path: Path, metadata: dict[str, Any], tensors: dict[str, Any], fam
         mlp_bias="blk.0.ffn_up.bias" in tensors,
         name_or_path=str(metadata.get("general.name", path.stem)),
     )
+
+
+def fraction_of(rotary: int, d_head: int) -> float:
+    """rotary / d_head, rounded up: transformers multiplies it by d_head and drops what lies behind the point."""
+    return math.nextafter(rotary / d_head, math.inf) if rotary < d_head else rotary / d_head
 
 
 def rope_parameters(metadata: dict[str, Any], family: str, fraction: float) -> dict[str, Any]:
