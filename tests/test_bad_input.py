@@ -63,6 +63,8 @@ def options(files: Path, **more: object) -> list[object]:
         ("task", "/absent/prompts.jsonl", "/absent/prompts.jsonl"),
         ("metric", "accuracy", "metric 'accuracy' is unknown"),
         ("metric", "l2:x", "metric 'l2:x'"),
+        ("metric", "l2:", "metric 'l2:': '' is no list of output dimensions"),
+        ("metric", "kl_div:", "metric 'kl_div:' is unknown"),
         ("method", "magic", "method: 'magic' is unknown; known: acdc"),
         ("ablation", "noise", "ablation: 'noise' is unknown; known: resample, zero, mean"),
         ("head_order", "up", "head_order: 'up' is unknown"),

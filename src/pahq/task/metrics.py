@@ -198,10 +198,10 @@ METRICS: dict[str, type[Metric]] = {
 
 def metric_class(name: str) -> type[Metric]:
     """The class of a metric's name; ``l2:0,2`` restricts l2 to some output dimensions. PahqError if unknown."""
-    base, _, dims = name.partition(":")
-    if base not in METRICS or (dims and base != "l2"):
+    base, colon, dims = name.partition(":")
+    if base not in METRICS or (colon and base != "l2"):
         raise PahqError(f"metric '{name}' is unknown; choose one of {', '.join(METRICS)} (l2:0 for output 0 alone)")
-    if not dims:
+    if not colon:
         return METRICS[base]
     try:
         chosen = tuple(int(dim) for dim in dims.split(","))
