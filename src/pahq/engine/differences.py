@@ -17,7 +17,7 @@ TABLE_BYTES = 1 << 30
 
 
 class Differences:
-    """Differences of senders that no removal has touched yet, kept in one table a reach where memory allows."""
+    """Senders as in the clean run less those of the reference run, kept in one table a reach where memory allows."""
 
     def __init__(self, graph: Graph, clean: Run, reference: Run, spans: Spans, nodes: Nodes) -> None:
         self.graph, self.clean, self.reference, self.spans, self.nodes = graph, clean, reference, spans, nodes

@@ -46,7 +46,8 @@ class Task(ABC):
         """``n`` prompt pairs for the model's tokenizer, on its device.
 
         The three splits ``train``, ``validation`` and ``test`` of one seed share no example, and the first
-        examples of a longer draw are those of a shorter one. ``all`` is the three together.
+        examples of a longer draw are those of a shorter one (but where an example's corrupt prompt is the next
+        one's clean prompt, as in induction, the last one's is the first's). ``all`` is the three together.
         Raises PahqError if there are not enough examples, saying which rule left too few.
         """
 
