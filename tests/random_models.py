@@ -122,21 +122,21 @@ def models(draw: st.DrawFn, dtype: torch.dtype = torch.float64, vocab: int = 12)
 
 @st.composite
 def prompt_pairs(draw: st.DrawFn, cfg: ModelConfig, allow_pad: bool) -> Prompts:
-    """2 to 4 pairs, often with a common prefix; read at the last, at several or at differing positions."""
+    """1 to 4 pairs of 1 to 6 tokens, often with a common prefix; read at the last, at several or at differing positions."""
     pick = st.sampled_from
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
     def integers(high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=generator)
 
-    n, length = draw(st.integers(2, 4)), draw(st.integers(3, 6))
+    n, length = draw(pick([1, 2, 3, 4])), draw(pick([1, 2, 3, 4, 5, 6]))
     clean, corrupt = integers(cfg.d_vocab, n, length), integers(cfg.d_vocab, n, length)
     prefix = draw(pick([0, 0, 1, length // 2, length - 1]))
     corrupt[:, :prefix] = clean[:, :prefix]
     pad = None
     lengths = torch.full((n,), length)
     if allow_pad and draw(pick([False, False, True])):
-        lengths = 2 + integers(length - 1, n)
+        lengths = 1 + integers(length, n)
         pad = torch.arange(length) >= lengths[:, None]
         clean, corrupt = clean.masked_fill(pad, 0), corrupt.masked_fill(pad, 0)
     kind = draw(pick(["last", "last", "several", "differing"]))

@@ -102,6 +102,8 @@ def features_of(case: Case) -> set[str]:
         "joint qkv": not graph.split_qkv,
         "no direct edges": not graph.direct_edges,
         "absolute": case.absolute,
+        "one prompt": len(prompts) == 1,
+        "one token": prompts.clean.shape[1] == 1,
         "padded": prompts.pad is not None,
         "several positions": prompts.read.shape[1] > 1,
         "common prefix": bool((prompts.clean == prompts.corrupt)[:, 0].all()),
@@ -135,7 +137,7 @@ def test_double_precision(capsys: pytest.CaptureFixture[str]) -> None:
     assert tally.cases >= 200
     assert 0.05 < tally.kept / tally.decisions < 0.95  # not trivial
     assert tally.wasted  # wrong guesses came up, and were mended
-    assert len(tally.features) == 7 + 4 + 3 + 8 + 3 + 4 + 14, sorted(tally.features)
+    assert len(tally.features) == 7 + 4 + 3 + 8 + 3 + 4 + 16, sorted(tally.features)
     assert min(tally.features.values()) >= 5, tally.features.most_common()[-3:]
 
 
