@@ -122,7 +122,7 @@ def models(draw: st.DrawFn, dtype: torch.dtype = torch.float64, vocab: int = 12)
 
 @st.composite
 def prompt_pairs(draw: st.DrawFn, cfg: ModelConfig, allow_pad: bool) -> Prompts:
-    """1 to 4 pairs of 1 to 6 tokens, often with a common prefix; read at the last, at several or at differing positions."""
+    """1 to 4 pairs of 1 to 6 tokens, often with a common prefix; read at the last, several or differing positions."""
     pick = st.sampled_from
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
