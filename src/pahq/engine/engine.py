@@ -11,19 +11,19 @@ from pahq.engine.flops import Flops
 from pahq.engine.marks import Marks, Reach, head_column, mlp_column
 from pahq.engine.nodes import Nodes
 from pahq.engine.reference import reference_run, run
-from pahq.engine.screen import SAFETY, Screen, worth_screening
+from pahq.engine.screen import Screen, worth_screening
 from pahq.engine.spans import Spans, gather
 from pahq.engine.state import Key, State, projections
-from pahq.engine.vocabulary import Vocabulary
+from pahq.engine.vocabulary import Vocabulary, VocabularyReadout
 from pahq.errors import PahqError
 from pahq.graph import Graph
 from pahq.model.transformer import Transformer
 from pahq.task.metrics import get_metric
 from pahq.task.prompts import Prompts, check_padding
 
-LAUNCH_FLOPS = {"cpu": 2e8, "gpu": 5e10}
+LAUNCH_FLOPS = {"cpu": 4e8, "gpu": 5e10}
 """FLOPs a device could do in the time that one batch's operations take to be issued (some milliseconds)."""
-ENOUGH_STATES, MOST = 24, 0.5
+ENOUGH_STATES, MOST = 64, 0.7
 """Once so many states were screened, this share of them evaluated in full as well ends the screening."""
 MEMORY_LIMIT = 2 << 30
 """Bytes that the values of one batch of states may take by default."""
@@ -76,7 +76,8 @@ class Engine:
         self._since_rebase = [0, 0]  # states evaluated, and how many of them in full as well
         self._rows: BatchPass | None = None
         self._final: tuple[int, Tensor] | None = None
-        self._metrics = self._slack = self._estimate = np.empty(0)
+        self._read: VocabularyReadout | None = None
+        self._metrics = self._slack = np.empty(0)
         self._set_base(gather(clean.final, prompts.read), select=True)
 
     @torch.no_grad()
@@ -96,13 +97,13 @@ class Engine:
         self._final = self._rows.run(steps)
         self._metrics = np.full(batch.n_states, self.base_metric)
         self._slack = np.full(batch.n_states, self.base_slack)
-        self._estimate = np.zeros(batch.n_states)
+        self._read = None
         if self._final is not None:
             first, final = self._final
-            read = self.vocabulary.read(final, full=not self.screening)
+            self._read = self.vocabulary.read(final, full=not self.screening)
             self._since_rebase[0] += batch.n_states - first
-            self._metrics[first:] = self.metric(read).cpu().numpy()
-            self._slack[first:], self._estimate[first:] = read.slack, read.estimate
+            self._metrics[first:] = self.metric(self._read).cpu().numpy()
+            self._slack[first:] = self._read.slack
         self._check()
         return self._metrics, self._slack
 
@@ -113,7 +114,7 @@ class Engine:
         A state of -1 is the base.
         """
         if -1 in states and self.base_slack:
-            self._sharpen_base()
+            self._set_base(self._base_final, select=False)
             unchanged = self._final[0] if self._final is not None else len(self._metrics)
             self._metrics[:unchanged], self._slack[:unchanged] = self.base_metric, 0.0
         if self._final is None:
@@ -125,10 +126,10 @@ class Engine:
         self.escalated += len(states)
         self._since_rebase[1] += len(states)
         rows = torch.tensor([state - first for state in states], device=final.device)
-        exact = self.metric(self.vocabulary.read(final[rows], full=True)).cpu().numpy()
-        for state, value in zip(states, exact, strict=True):
-            self._observe(self._metrics[state] - value, self._estimate[state])
-            self._metrics[state], self._slack[state] = value, 0.0
+        read = self.vocabulary.read(final[rows], full=True)
+        self._metrics[states], self._slack[states] = self.metric(read).cpu().numpy(), 0.0
+        for state, total in zip(states, read.logsumexp(), strict=True):
+            self._observe(state - first, total)
         self._check()
         # A screen that most states need to pass twice is a loss: do without until the next rebase.
         evaluated, again = self._since_rebase
@@ -154,29 +155,35 @@ class Engine:
         self.base_metric, self.base_slack = float(self._metrics[state]), float(self._slack[state])
         if self._final is not None and state >= self._final[0]:
             self._base_final = self._final[1][state - self._final[0]].clone()
-            if self.base_slack > self.tolerance or self._estimate[state] * SAFETY > self.tolerance:
-                self._sharpen_base(self._estimate[state])
-        self._rows = self._final = None
+            moved = 0.0 if self._read is None else float(self._read.slack[state - self._final[0]])
+            if moved > self.tolerance:  # also where the metric is known in full: the anchor shall follow
+                already = not self.base_slack
+                total = self._set_base(self._base_final, select=False)
+                if not already and total is not None:
+                    self._observe(state - self._final[0], total)
+        self._rows = self._final = self._read = None
 
-    def _sharpen_base(self, estimate: float = 0.0) -> None:
-        """The base state's metric in full, and the screen anchored there."""
-        before = self.base_metric
-        was_exact = not self.base_slack
-        self._set_base(self._base_final, select=False)
-        if not was_exact:
-            self._observe(before - self.base_metric, estimate)
+    def _set_base(self, final: Tensor, select: bool) -> Tensor | None:
+        """Measures a base state in full from its final residual stream [B, P, d] at the read positions.
 
-    def _set_base(self, final: Tensor, select: bool) -> None:
-        """Measures a base state from its final residual stream [B, P, d] at the read positions."""
+        Anchors the screen there, if there is one, and gives the log-sum-exp [B, P] then.
+        """
         self._base_final, self.base_slack = final, 0.0
         read = self.vocabulary.read(final[None], full=True)
+        total = None
         if self.screening:
-            read.know_logsumexp(self.vocabulary.anchor(read.h[0], select)[None])
+            total = self.vocabulary.anchor(read.h[0], select)
+            read.know_logsumexp(total[None])
         self.base_metric = float(self.metric(read)[0])
+        return total
 
-    def _observe(self, error: float, estimate: float) -> None:
-        if self.vocabulary.screen is not None:
-            self.vocabulary.screen.observe(error, estimate)
+    def _observe(self, state: int, total: Tensor) -> None:
+        """Tells the screen the log-sum-exp [B, P] of a state that it had estimated."""
+        if self._read is None or self._read.missed is None or self.vocabulary.screen is None:
+            return
+        without, estimate = (part[state] for part in self._read.missed)
+        mean = self.vocabulary.mean
+        self.vocabulary.screen.observe(float(mean(total - without)), float(mean(estimate)))
 
     def _check(self) -> None:
         """Raises PahqError, naming the edge, where a metric of the batch is NaN or infinite."""

@@ -4,9 +4,11 @@ Around an anchor state whose probabilities p are known in full, another state's 
 ``sum p_v exp(x_v)`` with ``x_v`` the change of a logit. Tokens that carry nearly all probability are
 summed exactly; the tail T enters as ``P_T exp(mean of x over T)``, which leaves out a factor of
 about exp(variance of x over T / 2): second order in a small change, but without bound in a large
-one. How far that estimate holds gets measured whenever a new anchor is set; states closer to a
-decision's threshold than a multiple of it are evaluated in full. So a screen saves work but takes
-no decision it cannot bear.
+one. That is estimated from the length of the change as if x were alike in all directions. It is not,
+but what is truly missed is a nearly constant share of the estimate, which is learned from the states
+that are summed in full as well; so the share is added, and its spread says how far the result may be
+off. States closer to a decision's threshold than a multiple of that are evaluated in full: a screen
+saves work but takes no decision it cannot bear.
 """
 
 from __future__ import annotations
@@ -21,7 +23,13 @@ TAIL_MASS = 3e-3
 """Mean probability that may be left to the tail."""
 
 SAFETY = 10.0
-"""Slack given to a state, in multiples of the largest error seen relative to its estimate."""
+"""Slack given to a state, in multiples of the largest deviation seen from the usual share of the estimate."""
+
+OBSERVATIONS, LEAST_DEVIATION = 6, 0.05
+"""States summed both ways before the share is learned; the deviation that is allowed for in any case."""
+
+TELLING = 2e-5
+"""An estimate from here on tells something about the share; below, rounding noise drowns it."""
 
 NOISE = 2e-6
 """Rounding noise of a metric in FP32, part of every slack."""
@@ -43,7 +51,11 @@ class Screen:
     def __init__(self, model: Transformer, flops: Flops) -> None:
         self.model, self.flops = model, flops
         self.spread = float(model.W_U.square().sum()) / model.W_U.numel()  # E |w . e|^2 for a unit vector e
-        self.worst = 1.0
+        self._forget()
+
+    def _forget(self) -> None:
+        self.share, self.deviation = 0.5, 0.5
+        self._seen: list[float] = []
 
     def select(self, logits: Tensor) -> None:
         """Chooses the tokens to be summed exactly, by their probabilities at a state. logits [n, V]"""
@@ -52,7 +64,7 @@ class Screen:
         count = int((ordered.double().cumsum(0) < 1 - TAIL_MASS).sum()) + 1
         self.tokens = tokens[: -(-count // 64) * 64].sort().values
         self.columns = self.model.W_U.T[self.tokens].T  # [d, m], copied once
-        self.worst = 1.0
+        self._forget()
 
     def anchor(self, h: Tensor, logits: Tensor) -> Tensor:
         """Makes a state the anchor: h [n, d], logits [n, V] -> its log-sum-exp, float64 [n]."""
@@ -68,7 +80,7 @@ class Screen:
         return total
 
     def logsumexp(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """h [S, n, d] -> (log-sum-exp float64 [S, n], estimate of its error before safety [S, n])."""
+        """h [S, n, d] -> (log-sum-exp without what the mean leaves out, estimate of that), float64 [S, n] each."""
         states, n, d = h.shape
         self.flops.add("unembed", h.numel() * len(self.tokens))
         change = h - self.h
@@ -85,11 +97,14 @@ class Screen:
         estimate = (tail * torch.expm1(0.5 * variance) / (top + tail)).clamp(max=1e6)
         return self.total + (top + tail).log(), estimate
 
-    def observe(self, error: float, estimate: float) -> None:
-        """Takes in the error found at a state where the full sum was made as well."""
-        if estimate > NOISE:
-            self.worst = max(self.worst, (abs(error) - NOISE) / estimate)
+    def observe(self, missed: float, estimate: float) -> None:
+        """Learns from a state summed in full as well: what the mean left out there, and the estimate of it."""
+        if estimate > TELLING:
+            self._seen.append(missed / estimate)
+        if len(self._seen) >= OBSERVATIONS:
+            self.share = sum(self._seen) / len(self._seen)
+            self.deviation = max(LEAST_DEVIATION, *(abs(share - self.share) for share in self._seen))
 
     def slack(self, estimate: Tensor) -> Tensor:
         """How far a metric may be off, given its error estimate."""
-        return SAFETY * self.worst * estimate + NOISE
+        return SAFETY * self.deviation * estimate + NOISE

@@ -35,6 +35,10 @@ class Vocabulary:
         """x [S, N, P, d], final residual streams at the read positions. full: do not screen."""
         return VocabularyReadout(self, self.model.ln_final(x), None if full else self.screen)
 
+    def mean(self, value: Tensor) -> Tensor:
+        """value [..., N, P] -> its mean over the positions that count [...]"""
+        return (value * self.weight).sum(dim=(-1, -2))
+
     def direction(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [N, P, V] -> (sum of unembedding columns [N, P, d], sum of biases [N, P]), kept for the next call."""
         for key, direction, bias in self._directions:
@@ -72,7 +76,7 @@ class VocabularyReadout:
     def __init__(self, vocabulary: Vocabulary, h: Tensor, screen: Screen | None) -> None:
         self.vocabulary, self.h, self.screen = vocabulary, h, screen
         self.slack = np.zeros(h.shape[0])
-        self.estimate = np.zeros(h.shape[0])
+        self.missed: tuple[Tensor, Tensor] | None = None  # of a screened sum: (without, estimate) [S, N, P] each
         self._logsumexp: Tensor | None = None
 
     def select(self, ids: Tensor) -> Tensor:
@@ -106,10 +110,10 @@ class VocabularyReadout:
         if bool(far.any()):
             value[far] = VocabularyReadout(self.vocabulary, self.h[far], None).logsumexp().flatten(1)
             estimate[far] = 0.0
-        weighted = (estimate.view(self.h.shape[:-1]) * self.vocabulary.weight).sum(dim=(-1, -2))
-        self.estimate = weighted.cpu().numpy()
-        self.slack = screen.slack(weighted).cpu().numpy()
-        return value.view(self.h.shape[:-1])
+        value, estimate = (t.view(self.h.shape[:-1]) for t in (value, estimate))
+        self.missed = value, estimate
+        self.slack = screen.slack(self.vocabulary.mean(estimate)).cpu().numpy()
+        return value + screen.share * estimate
 
     def _full(self) -> Tensor:
         """The product with W_U a slab of columns at a time, so that no logit travels to memory and back."""
