@@ -264,11 +264,11 @@ class Engine:
     def _bytes(self, steps: list[Step], batch: Batch) -> int:
         """Memory that the values of a batch take: inputs and outputs of what changes, and a working copy.
 
-        Likewise all logits, where the metric asks for them.
+        Likewise the attention patterns of one head at a time, and all logits where the metric asks for them.
         """
-        cfg = self.model.config
-        tokens = sum((batch.n_states - step.first) * self.spans.count(step.level) for step in steps)
-        elements = tokens * len(self.prompts) * cfg.d_model
+        cfg, states, examples = self.model.config, batch.n_states, len(self.prompts)
+        counts = [(states - step.first) * self.spans.count(step.level) for step in steps]
+        elements = sum(counts) * examples * cfg.d_model + max(counts, default=0) * examples * self.spans.stop
         if self.metric.reads_logits:
-            elements += batch.n_states * self.prompts.read.numel() * cfg.d_vocab_out
+            elements += states * self.prompts.read.numel() * cfg.d_vocab_out
         return 3 * elements * self.state.clean.final.element_size()
