@@ -21,8 +21,8 @@ from pahq.model.transformer import Transformer
 from pahq.task.metrics import get_metric
 from pahq.task.prompts import Prompts, check_padding
 
-LAUNCH_FLOPS = {"cpu": 4e8, "gpu": 5e10}
-"""FLOPs a device could do in the time that one batch's operations take to be issued (some milliseconds)."""
+LAUNCH_FLOPS = {"cpu": 1.5e8, "gpu": 5e10}
+"""FLOPs a device could do (a CPU with one thread) in the time that issuing one batch's operations takes: a few ms."""
 ENOUGH_STATES, MOST = 64, 0.7
 """Once so many states were screened, this share of them evaluated in full as well ends the screening."""
 MEMORY_LIMIT = 2 << 30
@@ -138,7 +138,8 @@ class Engine:
     @property
     def batch_overhead(self) -> float:
         """What a batch costs however few its states, in FLOPs: launching its operations, and anchoring the screen."""
-        launch = LAUNCH_FLOPS["cpu" if self.model.device.type == "cpu" else "gpu"]
+        on_cpu = self.model.device.type == "cpu"
+        launch = LAUNCH_FLOPS["cpu"] * torch.get_num_threads() if on_cpu else LAUNCH_FLOPS["gpu"]
         return launch + (4 * self.prompts.read.numel() * self.model.W_U.numel() if self.screening else 0)
 
     def commit(self, state: int) -> None:
