@@ -29,7 +29,8 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(BIN)/pahq discover --model smollm2-135m --task ioi --method acdc --metric kl_div --threshold 0.05 --n 8 --out runs/demo
+	$(BIN)/pahq discover --model smollm2-135m --task ioi --method acdc --metric logit_diff --ablation mean \
+		--threshold 0.15 --n 8 --out runs/demo
 
 test: setup
 	$(BIN)/ruff format --check .
