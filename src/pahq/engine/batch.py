@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pahq.engine.marks import Marks, Reach, head_column, mlp_column
 from pahq.engine.nodes import Nodes
-from pahq.engine.state import Key, State, heads_reading, projections
+from pahq.engine.state import Key, State, projections
 from pahq.graph import Graph
 
 INPUT_ELEMENTS = 1 << 19
@@ -94,7 +94,7 @@ def _visit(
 ) -> None:
     """Appends the step of a receiver, and notes from when on its node's output differs."""
     receiver, marks, n_states = graph.receivers[row], batch.marks, batch.n_states
-    level = Reach.READ if receiver.kind == "logits" else marks.consumers_reach(receiver)
+    level = marks.consumers_reach(receiver)
     senders = np.flatnonzero(marks.mask[row, : graph.direct] & (since < n_states)).tolist()
     cut = [i for i in own if batch.candidates[i][1] == graph.direct and begins[i] < n_states]
     removed = [i for i in own if batch.candidates[i][1] != graph.direct and begins[i] < n_states]
@@ -107,7 +107,7 @@ def _visit(
         since[column] = min(since[column], first)
     elif receiver.is_attention:
         for which, index in projections(graph, receiver):
-            for head in heads_reading(graph, which, index):
+            for head in graph.heads_reading(which, index):
                 column = head_column(graph, receiver.layer, head)
                 if marks.reach[column]:
                     since[column] = min(since[column], first)
@@ -177,7 +177,7 @@ class BatchPass:
 
     def _add_change(self, x: Tensor, step: Step, column: int, begin: int, end: int) -> None:
         """Adds to x [end - begin, B, P, d] what a sender writes beyond the base state."""
-        sender, level = self.graph.senders[column], Reach(int(self.batch.marks.reach[column]))
+        sender, level = self.graph.senders[column], self.batch.marks.sender_reach(column)
         first, values = self.rows["out", column, 0]
         narrow = self.state.spans.narrow
         # several readers: what a head writes is made once
@@ -226,7 +226,7 @@ class BatchPass:
             self.rows[which, receiver.layer, index] = (step.first, value)
 
     def _reach(self, layer: int, head: int) -> Reach:
-        return Reach(int(self.batch.marks.reach[head_column(self.graph, layer, head)]))
+        return self.batch.marks.sender_reach(head_column(self.graph, layer, head))
 
     def _heads(self, steps: list[Step]) -> None:
         """The outputs of all heads of one layer whose query, key or value changed."""
@@ -235,7 +235,7 @@ class BatchPass:
             head
             for step in steps
             for which, index in projections(self.graph, self.graph.receivers[step.row])
-            for head in heads_reading(self.graph, which, index)
+            for head in self.graph.heads_reading(which, index)
         }
         size = self.graph.config.group_size
         for head in sorted(heads):

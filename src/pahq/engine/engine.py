@@ -211,7 +211,7 @@ class Engine:
             if receiver.layer != layer or not receiver.is_attention:
                 self._rebase_heads(touched, marks)
                 touched, layer = set(), receiver.layer
-            level = Reach.READ if receiver.kind == "logits" else marks.consumers_reach(receiver)
+            level = marks.consumers_reach(receiver)
             if not level:
                 continue
             if receiver.is_attention:
@@ -235,7 +235,7 @@ class Engine:
         for which, index in projections(self.graph, receiver):
             reach = level
             if which == "q":
-                reach = Reach(int(marks.reach[head_column(self.graph, receiver.layer, index)]))
+                reach = marks.sender_reach(head_column(self.graph, receiver.layer, index))
             if not reach:
                 continue
             if x is None:
@@ -253,7 +253,7 @@ class Engine:
         size = self.graph.config.group_size
         for layer, head in sorted(heads):
             column = head_column(self.graph, layer, head)
-            level = Reach(int(marks.reach[column]))
+            level = marks.sender_reach(column)
             if not level:
                 continue
             group = head // size

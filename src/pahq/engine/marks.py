@@ -49,16 +49,19 @@ class Marks:
 
     def level(self, row: int) -> Reach:
         """Where a receiver's input matters, given that everything after it is decided."""
-        receiver = self.graph.receivers[row]
-        if receiver.kind == "logits":
-            return Reach.READ
-        return Reach.NOWHERE if self.direct_cut(row) else self.consumers_reach(receiver)
+        return Reach.NOWHERE if self.direct_cut(row) else self.consumers_reach(self.graph.receivers[row])
+
+    def sender_reach(self, column: int) -> Reach:
+        """Where a sender is read."""
+        return Reach(int(self.reach[column]))
 
     def consumers_reach(self, receiver: Receiver) -> Reach:
         """Where the receiver's node is read, its direct edge left aside."""
         graph = self.graph
+        if receiver.kind == "logits":
+            return Reach.READ
         if receiver.kind == "mlp":
-            return Reach(int(self.reach[mlp_column(graph, receiver.layer)]))
+            return self.sender_reach(mlp_column(graph, receiver.layer))
         first = head_column(graph, receiver.layer, 0)
         heads = graph.heads_of(receiver)
         reach = int(self.reach[first + heads.start : first + heads.stop].max())

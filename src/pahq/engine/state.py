@@ -78,9 +78,8 @@ class State:
             if ("out", column, 0) not in self.changed:
                 x += self.differences.one(column, level)
                 continue
-            now = spans.narrow(
-                self.output(column, Reach(int(marks.reach[column]))), Reach(int(marks.reach[column])), level
-            )
+            reach = marks.sender_reach(column)
+            now = spans.narrow(self.output(column, reach), reach, level)
             gap = now - spans.take(self.reference.sender(sender), level)
             x += self.nodes.write(gap, sender.layer, sender.index) if sender.kind == "head" else gap
         return x
@@ -91,9 +90,3 @@ def projections(graph: Graph, receiver: Receiver) -> list[tuple[str, int]]:
     if receiver.kind != "qkv":
         return [(receiver.kind, receiver.index)]
     return [("k", receiver.index), ("v", receiver.index), *(("q", head) for head in graph.heads_of(receiver))]
-
-
-def heads_reading(graph: Graph, which: str, index: int) -> range:
-    """The heads of a layer that use a query, or a group's key or value."""
-    size = graph.config.group_size
-    return range(index, index + 1) if which == "q" else range(index * size, (index + 1) * size)

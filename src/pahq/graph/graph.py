@@ -94,10 +94,12 @@ class Graph:
 
     def heads_of(self, receiver: Receiver) -> range:
         """The heads that an attention receiver feeds (several under grouped-query attention)."""
-        if receiver.kind == "q":
-            return range(receiver.index, receiver.index + 1)
-        size = self.config.group_size
-        return range(receiver.index * size, (receiver.index + 1) * size)
+        return self.heads_reading(receiver.kind, receiver.index)
+
+    def heads_reading(self, which: str, index: int) -> range:
+        """The heads of a layer that use query ``index``, or that group's key, value or joint input."""
+        size = 1 if which == "q" else self.config.group_size
+        return range(index * size, (index + 1) * size)
 
     def sender_name(self, column: int) -> str:
         return DIRECT if column == self.direct else self.senders[column].name

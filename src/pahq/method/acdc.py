@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -239,7 +239,7 @@ class Acdc:
             size = abs(effect) if self.options.absolute else effect
             doubt = slack[state] + base_slack
             rough = doubt > ROUGH * max(abs(effect), abs(self.options.threshold))
-            if rough or size >= self.options.threshold or abs(size - self.options.threshold) <= doubt:
+            if rough or size >= self.options.threshold - doubt:
                 doubtful |= {state, before}
             if not guess:
                 before = state
@@ -248,8 +248,7 @@ class Acdc:
 
     def _checkpoint(self, decided: list[Decision]) -> None:
         """From here on nothing depends on how the state was reached, so that a resumed run goes the same way."""
-        last = decided[-1]
-        decided[-1] = Decision(last.order, last.row, last.column, last.before, last.after, last.kept, True)
+        decided[-1] = replace(decided[-1], checkpoint=True)
         self._since_checkpoint = 0
         self.speculator.reset()
         self.sweep.peek()
