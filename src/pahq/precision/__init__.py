@@ -1,0 +1,1 @@
+"""Mixed precision: number formats, policies that assign them, stored low-precision weights, and the scheduler."""
