@@ -1,0 +1,103 @@
+"""Weights as the engine needs them: FP32 masters where the model keeps them, low-precision copies made once.
+
+The masters are the model's own tensors (memory-mapped where they come from a safetensors file, so
+that two runs share them); only the copies are new memory on the device that computes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pahq.model.transformer import Transformer
+from pahq.precision.matrix import LowMatrix, low_matrix
+from pahq.precision.policy import Policy
+
+MATRICES = {"mlp_in": "mlp", "mlp_gate": "mlp", "mlp_out": "mlp"}
+"""Names of matrices whose kind in a policy is called otherwise."""
+
+
+class Held(NamedTuple):
+    """Memory that one component takes in one format. place: ``host`` or ``device``."""
+
+    component: str
+    format: str
+    place: str
+    nbytes: int
+
+
+class WeightStore:
+    """Low-precision copies of a model's matrices under a policy, each made when it is first asked for.
+
+    device: where the copies live, by default with the model.
+    """
+
+    def __init__(self, model: Transformer, policy: Policy, device: torch.device | None = None) -> None:
+        self.model, self.policy = model, policy
+        self.device = model.device if device is None else device
+        self._copies: dict[tuple[str, int, int], LowMatrix] = {}
+
+    def matrix(self, name: str, layer: int = 0, index: int = 0) -> LowMatrix:
+        """q, k, v or o of a head (group), mlp_in, mlp_gate, mlp_out of a layer, or unembed."""
+        key = (name, layer, index)
+        if key not in self._copies:
+            weight = self.master(name, layer, index).to(self.device)
+            self._copies[key] = low_matrix(weight, self.policy.format(MATRICES.get(name, name)))
+        return self._copies[key]
+
+    def master(self, name: str, layer: int = 0, index: int = 0) -> Tensor:
+        """The FP32 weight [in, out] itself."""
+        if name == "unembed":
+            return self.model.W_U
+        block = self.model.blocks[layer]
+        if name.startswith("mlp"):
+            assert block.mlp is not None
+            found = {"mlp_in": block.mlp.W_in, "mlp_gate": block.mlp.W_gate, "mlp_out": block.mlp.W_out}[name]
+            assert found is not None
+            return found
+        return {"q": block.attn.W_Q, "k": block.attn.W_K, "v": block.attn.W_V, "o": block.attn.W_O}[name][index]
+
+    def make_all(self) -> None:
+        """Makes every copy of attention and MLPs now, so that no test waits for one."""
+        cfg = self.model.config
+        for layer in range(cfg.n_layers):
+            for name, count in (("q", cfg.n_heads), ("k", cfg.n_kv_heads), ("v", cfg.n_kv_heads), ("o", cfg.n_heads)):
+                for index in range(count):
+                    self.matrix(name, layer, index)
+            if cfg.d_mlp:
+                for name in ("mlp_in", "mlp_out", *(("mlp_gate",) if cfg.gated else ())):
+                    self.matrix(name, layer)
+
+    def held(self) -> list[Held]:
+        """What the copies take, by component and format (FP32 entries are the masters themselves: no copy)."""
+        sums: dict[tuple[str, str], int] = {}
+        for (name, _, _), matrix in self._copies.items():
+            if not matrix.fmt.is_exact:
+                key = (MATRICES.get(name, name), matrix.fmt.name)
+                sums[key] = sums.get(key, 0) + matrix.nbytes
+        return [Held(component, fmt, "device", nbytes) for (component, fmt), nbytes in sorted(sums.items())]
+
+    def masters(self) -> list[Held]:
+        """What the FP32 masters take, by component; tensors that share memory count once."""
+        sums: dict[str, int] = {}
+        seen: set[int] = set()
+        for name, weight in self.model.weights.items():
+            if weight.untyped_storage().data_ptr() in seen and name == "unembed.W_U":
+                continue  # tied to the embedding
+            seen.add(weight.untyped_storage().data_ptr())
+            component = component_of(name)
+            sums[component] = sums.get(component, 0) + weight.nbytes
+        dtype = "fp64" if self.model.dtype == torch.float64 else "fp32"
+        return [Held(component, dtype, "host", nbytes) for component, nbytes in sorted(sums.items())]
+
+
+def component_of(name: str) -> str:
+    """The kind of component, in a policy's words, that a weight such as ``blocks.0.attn.W_Q`` belongs to."""
+    last = name.rpartition(".")[2]
+    if ".attn.W_" in name:
+        return last[-1].lower()
+    if ".mlp.W_" in name:
+        return "mlp"
+    return {"embed.W_E": "embed", "pos_embed.W_pos": "embed", "unembed.W_U": "unembed"}.get(name, "norm")
