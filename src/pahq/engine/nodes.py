@@ -57,7 +57,7 @@ class Nodes:
         allowed = self.allowed(level)
         if allowed is not None:
             scores = scores.masked_fill_(~allowed, float("-inf"))
-        pattern = torch.softmax(scores, dim=-1)
+        pattern = self.model.pattern(scores)
         self.flops.add("attention", 2 * pattern.numel() * v.shape[-1])
         z = _mix(pattern[..., self.spans.start :], v)
         if self.spans.start:
@@ -82,7 +82,7 @@ class Nodes:
     def write(self, z: Tensor, layer: int, head: int, component: str = "out") -> Tensor:
         """z [..., dh] of one head -> what it adds to the residual stream [..., d]. component: where it is counted."""
         self.flops.add(component, z.numel() * self.model.config.d_model)
-        return z @ self.model.blocks[layer].attn.W_O[head]
+        return self.model.blocks[layer].attn.write(z, head)
 
     def write_into(self, x: Tensor, z: Tensor, layer: int, head: int) -> None:
         """x [..., d] += what z [..., dh] of one head writes, in place."""

@@ -76,13 +76,13 @@ def run(
     if pos is not None:
         pos = pos[None]
         if not split_pos:
-            embed, pos = embed + pos, None
+            embed, pos = model.add(embed, pos), None
     if zero:
         embed = torch.zeros_like(embed)
         pos = None if pos is None else torch.zeros_like(pos)
     where = torch.arange(tokens.shape[-1], device=model.device)
     out = Run(embed, pos, [], [], [], [], [], [], [], embed)
-    x = embed if pos is None else embed + pos
+    x = embed if pos is None else model.add(embed, pos)
     for layer, block in enumerate(model.blocks):
         out.attn_in.append(x)
         q, k, v = (block.attn.project_all(model.attn_input(x, layer, which, where), which) for which in "qkv")
@@ -90,14 +90,13 @@ def run(
         z = torch.zeros_like(z) if zero else z
         for store, value in zip((out.q, out.k, out.v, out.z), (q, k, v, z), strict=True):
             store.append(value)
-        middle = x + torch.einsum("bhtc,hcd->btd", z, block.attn.W_O)
-        middle = middle if block.attn.b_O is None else middle + block.attn.b_O
+        middle = model.add(x, block.attn.write_all(z))
         if block.mlp is not None and block.ln2 is not None:
             read = x if cfg.parallel else middle
             mlp = torch.zeros_like(x) if zero else block.mlp(block.ln2(read))
             out.mlp_in.append(read)
             out.mlp.append(mlp)
-            middle = middle + mlp
+            middle = model.add(middle, mlp)
         x = middle
     return Run(**{**vars(out), "final": x})
 

@@ -118,6 +118,15 @@ class Attention:
         out = out if bias is None else out + bias[:, None, :]
         return out if norm is None else norm(out)
 
+    def write(self, z: Tensor, head: int) -> Tensor:
+        """One head's z [..., dh] -> what it adds to the residual stream [..., d], without b_O."""
+        return z @ self.W_O[head]
+
+    def write_all(self, z: Tensor) -> Tensor:
+        """All heads' z [B, H, T, dh] -> what the layer adds to the residual stream [B, T, d], b_O included."""
+        out = torch.einsum("bhtc,hcd->btd", z, self.W_O)
+        return out if self.b_O is None else out + self.b_O
+
 
 @dataclass(frozen=True)
 class MLP:
@@ -135,14 +144,21 @@ class MLP:
     def __call__(self, x: Tensor) -> Tensor:
         """Normalised input x [..., d] -> what the MLP writes [..., d], b_out included."""
         rows = x.reshape(-1, x.shape[-1])
-        hidden = linear(rows, self.W_in, self.b_in)
-        if self.W_gate is not None:
-            hidden = activate(linear(rows, self.W_gate, self.b_gate), self.act).mul_(hidden)
-        else:
-            hidden = activate(hidden, self.act)
-        if self.ln is not None:
-            hidden = self.ln(hidden)
-        return linear(hidden, self.W_out, self.b_out).view(x.shape)
+        return self.write(self.act_on(*self.hidden(rows))).view(x.shape)
+
+    def hidden(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Normalised input [n, d] -> the hidden layer [n, d_mlp] before the nonlinearity, and its gate if there is one."""
+        gate = None if self.W_gate is None else linear(rows, self.W_gate, self.b_gate)
+        return linear(rows, self.W_in, self.b_in), gate
+
+    def act_on(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
+        """The hidden layer [..., d_mlp] after the nonlinearity."""
+        out = activate(hidden, self.act) if gate is None else activate(gate, self.act).mul_(hidden)
+        return out if self.ln is None else self.ln(out)
+
+    def write(self, hidden: Tensor) -> Tensor:
+        """The hidden layer after the nonlinearity [n, d_mlp] -> what the MLP writes [n, d]."""
+        return linear(hidden, self.W_out, self.b_out)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

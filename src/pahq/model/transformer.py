@@ -103,7 +103,15 @@ class Transformer:
         allowed = allowed_keys(where, where, cfg.causal, cfg.window)
         if allowed is not None:
             scores = scores.masked_fill(~allowed, float("-inf"))
-        return torch.softmax(scores, dim=-1) @ v
+        return self.pattern(scores) @ v
+
+    def pattern(self, scores: Tensor) -> Tensor:
+        """Attention scores [..., T, T'] -> attention pattern, the same shape."""
+        return torch.softmax(scores, dim=-1)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """A sum in the residual stream [..., d]."""
+        return x + y
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> Tensor:
@@ -114,15 +122,13 @@ class Transformer:
     def residual(self, tokens: Tensor) -> Tensor:
         """tokens [B, T] -> final residual stream [B, T, d]."""
         x, pos = self.embed(tokens)
-        x = x if pos is None else x + pos
+        x = x if pos is None else self.add(x, pos)
         where = torch.arange(tokens.shape[-1], device=self.device)
         for layer, block in enumerate(self.blocks):
             q, k, v = (block.attn.project_all(self.attn_input(x, layer, which, where), which) for which in "qkv")
-            out = torch.einsum("bhtc,hcd->btd", self.attend(q, k, v), block.attn.W_O)
-            out = out if block.attn.b_O is None else out + block.attn.b_O
-            middle = x + out
+            middle = self.add(x, block.attn.write_all(self.attend(q, k, v)))
             if block.mlp is not None and block.ln2 is not None:
-                middle = middle + block.mlp(block.ln2(x if self.config.parallel else middle))
+                middle = self.add(middle, block.mlp(block.ln2(x if self.config.parallel else middle)))
             x = middle
         return x
 
