@@ -5,7 +5,7 @@ Weights are named as in TransformerLens (``blocks.0.attn.W_Q`` …); ``shapes`` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,7 @@ class Transformer:
     config: ModelConfig
     W_E: Tensor
     W_pos: Tensor | None
-    blocks: tuple[Block, ...]
+    blocks: Sequence[Block]
     ln_final: Norm
     W_U: Tensor
     b_U: Tensor | None
@@ -74,7 +74,11 @@ class Transformer:
             )
         where = torch.arange(tokens.shape[-1], device=self.device) if positions is None else positions
         pos = self.W_pos[where] if self.config.positions == "learned" and self.W_pos is not None else None
-        return self.W_E[tokens], pos
+        return self.embed_tokens(tokens), pos
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """tokens [...] -> their rows of W_E [..., d]"""
+        return self.W_E[tokens]
 
     def attn_input(self, x: Tensor, layer: int, which: str, positions: Tensor) -> Tensor:
         """Residual x [..., P, d] at integer ``positions`` [..., P] -> normalised input of q, k or v."""
@@ -90,8 +94,16 @@ class Transformer:
 
     def unembed(self, x: Tensor) -> Tensor:
         """Residual x [..., d] -> logits [..., d_vocab_out], final norm included."""
-        out = self.ln_final(x) @ self.W_U
-        return out if self.b_U is None else out + self.b_U
+        out = self.unembed_input(x) @ self.W_U
+        return self.logits(out if self.b_U is None else out + self.b_U)
+
+    def unembed_input(self, x: Tensor) -> Tensor:
+        """Residual x [..., d] -> what is multiplied by W_U [..., d]."""
+        return self.ln_final(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits as they come out of that product, bias included -> as they are used, the same shape."""
+        return x
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, H, T, dh], k and v [B, G, T, dh] before the rotary turn -> z [B, H, T, dh]."""
