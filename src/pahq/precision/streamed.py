@@ -135,10 +135,10 @@ class StreamedTransformer(Transformer):
         return self.W_E[tokens.to(self.W_E.device)].to(self.home)
 
     def unembed(self, x: Tensor) -> Tensor:
-        h = self.ln_final(x)
+        h = self.unembed_input(x)
         parts = [h @ slab for _, slab in self.slabs]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        return out if self.b_U is None else out + self.b_U
+        return self.logits(out if self.b_U is None else out + self.b_U)
 
     @property
     def device_bytes(self) -> int:
