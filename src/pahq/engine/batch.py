@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pahq.engine.arithmetic import Arithmetic
 from pahq.engine.marks import Marks, Reach, head_column, mlp_column
-from pahq.engine.nodes import Nodes
-from pahq.engine.state import Key, State, projections
+from pahq.engine.state import Hidden, Key, State, projections
 from pahq.graph import Graph
 
 INPUT_ELEMENTS = 1 << 19
@@ -29,19 +29,34 @@ class Batch:
     candidates: (row, column) of the edges that some state removes, in order of testing.
     applied: bool [S, len(candidates)], which of them each state is without.
     marks: the edges present after the whole batch, as far as it was foreseen.
+    tested: int [S], the candidate whose removal a state tests. spine: bool [S], whether later states build on it
+    (they differ least from the last such state before them). By default state i tests candidate i, off any spine.
     """
 
     candidates: list[tuple[int, int]]
     applied: np.ndarray
     marks: Marks
+    tested: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    spine: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=bool))
+
+    def __post_init__(self) -> None:
+        if not len(self.tested):
+            self.tested = np.minimum(np.arange(self.n_states), len(self.candidates) - 1)
+        if not len(self.spine):
+            self.spine = np.zeros(self.n_states, dtype=bool)
 
     @property
     def n_states(self) -> int:
         return self.applied.shape[0]
 
-    def first(self, states: int) -> Batch:
-        """The batch without the states after the first ``states``."""
-        return Batch(self.candidates, self.applied[:states], self.marks)
+    def take(self, states: slice | list[int]) -> Batch:
+        """The batch of some of its states, in order."""
+        return Batch(self.candidates, self.applied[states], self.marks, self.tested[states], self.spine[states])
+
+    @property
+    def tested_rows(self) -> np.ndarray:
+        """int [S]: row of the receiver whose input each state tests."""
+        return np.array([row for row, _ in self.candidates], dtype=np.int64)[self.tested]
 
 
 @dataclass
@@ -119,11 +134,15 @@ class BatchPass:
     Inputs are made, used and dropped a few states at a time, so that they stay in the cache.
     """
 
-    def __init__(self, state: State, nodes: Nodes, batch: Batch) -> None:
-        self.state, self.nodes, self.batch = state, nodes, batch
+    def __init__(self, state: State, maths: Arithmetic, batch: Batch, keep_hidden: bool = False) -> None:
+        """keep_hidden: of a batch of one state, keeps the hidden layers of MLPs."""
+        self.state, self.maths, self.nodes, self.batch = state, maths, maths.nodes, batch
+        maths.begin(batch.tested_rows, batch.spine)
         self.graph: Graph = state.graph
         self.rows: dict[Key, tuple[int, Tensor]] = {}
         self.steps: list[Step] = []
+        self.hidden: dict[tuple[int, Reach], Hidden] = {}
+        self.keeps_hidden = keep_hidden and batch.n_states == 1
         self._written: dict[int, Tensor] = {}
         self._uses: dict[int, int] = {}
 
@@ -146,17 +165,23 @@ class BatchPass:
                 self._attention_receiver(step)
                 pending.append(step)
             else:
-                outputs = [self.nodes.mlp(x, receiver.layer) for _, x in self._inputs(step)]
+                walk = self.maths.mlp(step.row, step.first, step.level, self._keep if self.keeps_hidden else None)
+                outputs = [walk(states, x) for states, x in self._inputs(step)]
                 self.rows["out", mlp_column(self.graph, receiver.layer), 0] = (step.first, join(outputs))
             self._let_go(step)
         if pending:
             self._heads(pending)
         return None
 
+    def _keep(self, row: int, level: Reach, hidden: Hidden) -> None:
+        self.hidden[row, level] = hidden
+
     def input(self, step: Step, begin: int, end: int) -> Tensor:
         """The receiver's input in the states from ``begin`` to ``end``: [end - begin, B, P, d]."""
         base = self.state.input(step.row, step.level)
         x = base.expand(end - begin, *base.shape).clone()
+        if not self.maths.residual.is_exact:
+            return self._rounded_input(x, step, begin)
         if step.removed:
             columns = [self.batch.candidates[i][1] for i in step.removed]
             applied = torch.from_numpy(self.batch.applied[begin:end][:, step.removed]).to(x)
@@ -165,6 +190,24 @@ class BatchPass:
             first = max(begin, self.rows["out", sender, 0][0])
             if first < end:
                 self._add_change(x[first - begin :], step, sender, first, end)
+        return x
+
+    def _rounded_input(self, x: Tensor, step: Step, begin: int) -> Tensor:
+        """``input`` with every sum rounded, in the order of the tests, then of the senders. x: the base's copies."""
+        sums = self.nodes.model.add
+        applied = self.batch.applied[begin : begin + len(x)]
+        for i in sorted(step.removed):
+            states = np.flatnonzero(applied[:, i])
+            if len(states):
+                gap = self.state.differences.one(self.batch.candidates[i][1], step.level)
+                some = torch.from_numpy(states).to(x.device)
+                x[some] = sums(x[some], -gap)
+        for sender in step.senders:
+            first = max(begin, self.rows["out", sender, 0][0])
+            if first < begin + len(x):
+                change = torch.zeros_like(x[first - begin :])
+                self._add_change(change, step, sender, first, begin + len(x))
+                x[first - begin :] = sums(x[first - begin :], change)
         return x
 
     def _inputs(self, step: Step) -> Iterator[tuple[slice, Tensor]]:
@@ -180,11 +223,12 @@ class BatchPass:
         sender, level = self.graph.senders[column], self.batch.marks.sender_reach(column)
         first, values = self.rows["out", column, 0]
         narrow = self.state.spans.narrow
-        # several readers: what a head writes is made once
-        if sender.kind == "head" and (column in self._written or self._uses[column] > 1):
+        # several readers, or states that build on each other: what a head writes is made once
+        whole = self.maths.chained or self.maths.rounds
+        if sender.kind == "head" and (whole or column in self._written or self._uses[column] > 1):
             if column not in self._written:
-                gap = values - self.state.output(column, level)
-                self._written[column] = self.nodes.write(gap, sender.layer, sender.index)
+                base = self.state.output(column, level)
+                self._written[column] = self.maths.written(sender.layer, sender.index, first, values, base)
             x += narrow(self._written[column][begin - first : end - first], level, step.level)
             return
         gap = narrow(values[begin - first : end - first] - self.state.output(column, level), level, step.level)
@@ -210,10 +254,13 @@ class BatchPass:
                 wanted.append((which, index, level))
         values: dict[tuple[str, int], list[Tensor]] = {(which, index): [] for which, index, _ in wanted}
         if step.removed or step.senders:
-            for _, x in self._inputs(step):
-                for which, index, level in wanted:
-                    narrowed = self.state.spans.narrow(x, step.level, level)
-                    values[which, index].append(self.nodes.project(narrowed, which, receiver.layer, index, level))
+            walks = {
+                (which, index): self.maths.projection(step.row, step.first, which, index, (step.level, level))
+                for which, index, level in wanted
+            }
+            for states, x in self._inputs(step):
+                for key, walk in walks.items():
+                    values[key].append(walk(states, x))
         for which, index, level in wanted:
             if values[which, index]:
                 value = join(values[which, index])

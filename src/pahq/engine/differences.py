@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,11 +18,21 @@ TABLE_BYTES = 1 << 30
 """Memory for the differences of all senders at the positions of one reach; beyond it they are made when needed."""
 
 
-class Differences:
-    """Senders as in the clean run less those of the reference run, kept in one table a reach where memory allows."""
+Gap = Callable[[int], Tensor]
+"""Column of a sender -> its clean value less that of the reference run, as written [B or 1, T, d]."""
 
-    def __init__(self, graph: Graph, clean: Run, reference: Run, spans: Spans, nodes: Nodes) -> None:
+
+class Differences:
+    """Senders as in the clean run less those of the reference run, kept in one table a reach where memory allows.
+
+    gap: how the difference of a sender is made; by default in the arithmetic of ``nodes``.
+    """
+
+    def __init__(
+        self, graph: Graph, clean: Run, reference: Run, spans: Spans, nodes: Nodes, gap: Gap | None = None
+    ) -> None:
         self.graph, self.clean, self.reference, self.spans, self.nodes = graph, clean, reference, spans, nodes
+        self._gap = gap
         self._tables: dict[Reach, tuple[Tensor, list[bool]] | None] = {}
 
     def one(self, column: int, level: Reach) -> Tensor:
@@ -51,6 +63,8 @@ class Differences:
         flat.addmm_(spread, table[0][first : first + count].view(count, -1), alpha=-1)
 
     def _make(self, column: int, level: Reach) -> Tensor:
+        if self._gap is not None:
+            return self.spans.take(self._gap(column), level).expand(self.spans.read.shape[0], -1, -1)
         sender = self.graph.senders[column]
         gap = self.spans.take(self.clean.sender(sender), level)
         gap = gap - self.spans.take(self.reference.sender(sender), level)

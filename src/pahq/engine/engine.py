@@ -1,6 +1,12 @@
-"""The engine: metrics of many neighbouring states of a sweep, exactly, at a fraction of a forward pass each."""
+"""The engine: metrics of many neighbouring states of a sweep at a fraction of a forward pass each.
+
+In FP32 they are exact. Under a precision policy that quantises differences the base state stays FP32's own, and
+single states can be evaluated again in FP32; one that quantises values computes everything in its arithmetic.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -8,17 +14,16 @@ from torch import Tensor
 
 from pahq.engine.batch import Batch, BatchPass, Step, plan
 from pahq.engine.flops import Flops
-from pahq.engine.marks import Marks, Reach, head_column, mlp_column
-from pahq.engine.nodes import Nodes
-from pahq.engine.reference import reference_run, run
-from pahq.engine.screen import Screen, worth_screening
-from pahq.engine.spans import Spans, gather
-from pahq.engine.state import Key, State, projections
-from pahq.engine.vocabulary import Vocabulary, VocabularyReadout
+from pahq.engine.marks import Marks
+from pahq.engine.rebase import Rebase
+from pahq.engine.setup import Arithmetics, setup
+from pahq.engine.spans import gather
+from pahq.engine.state import Key
+from pahq.engine.vocabulary import Chained, VocabularyReadout
 from pahq.errors import PahqError
 from pahq.graph import Graph
 from pahq.model.transformer import Transformer
-from pahq.task.metrics import get_metric
+from pahq.precision.policy import Policy, get_policy
 from pahq.task.prompts import Prompts, check_padding
 
 LAUNCH_FLOPS = {"cpu": 1.5e8, "gpu": 5e10}
@@ -27,6 +32,21 @@ ENOUGH_STATES, MOST = 64, 0.7
 """Once so many states were screened, this share of them evaluated in full as well ends the screening."""
 MEMORY_LIMIT = 2 << 30
 """Bytes that the values of one batch of states may take by default."""
+
+
+@dataclass
+class Evaluated:
+    """States that went through a pass. metrics, slack: float64 [S]; moved: float64 [S], see ``Engine.moved``.
+
+    final: (first state that differs from the base, final residual streams at the read positions), if any does.
+    """
+
+    rows: BatchPass
+    final: tuple[int, Tensor] | None
+    read: VocabularyReadout | None
+    metrics: np.ndarray
+    slack: np.ndarray
+    moved: np.ndarray
 
 
 class Engine:
@@ -46,66 +66,73 @@ class Engine:
         memory_limit: int = MEMORY_LIMIT,
         screen: bool | None = None,
         tolerance: float = 0.0,
+        policy: Policy | str = "fp32",
     ) -> None:
         """screen: sum over likely tokens where that will do (see ``screen.Screen``); None: for large vocabularies.
 
-        tolerance: how much slack the base state's own metric may have.
+        tolerance: how much slack the base state's own metric may have. policy: see ``precision.policy``.
+        Raises PahqError for padding the model would attend to, and a policy that the device or type cannot bear.
         """
         check_padding(prompts, model.config)
-        self.model, self.prompts, self.graph, self.memory_limit = model, prompts, graph, memory_limit
+        self.policy = get_policy(policy)
+        self.prompts, self.graph, self.memory_limit, self.tolerance = prompts, graph, memory_limit, tolerance
         self.flops = Flops()
-        clean = run(model, prompts.clean, graph.split_pos)
-        reference = reference_run(model, prompts, ablation, graph.split_pos)
-        self.spans = Spans.of(prompts, model.config, ablation, graph.split_pos)
-        self.nodes = Nodes(model, self.spans, self.flops)
-        self.state = State(graph, clean, reference, self.spans, self.nodes)
-        clean_logits = model.unembed(gather(clean.final, prompts.read))
-        self.metric = get_metric(metric, prompts, clean_logits)
-        if screen is None:
-            screen = self.metric.sums_vocabulary and worth_screening(model, prompts.read.numel())
-        self.vocabulary = Vocabulary(
-            model,
-            torch.logsumexp(clean_logits, -1),
-            self.metric.weight,
-            self.flops,
-            Screen(model, self.flops) if screen else None,
-        )
-        self.tolerance = tolerance
+        self.parts: Arithmetics = setup(model, prompts, graph, metric, ablation, screen, self.policy, self.flops)
+        self.model, self.spans, self.state = self.parts.nodes.model, self.parts.nodes.spans, self.parts.state
+        self.metric, self.vocabulary, self.store = self.parts.metric, self.parts.vocabulary, self.parts.store
         self.escalated = 0
+        """States summed over the full vocabulary after a screened sum."""
+        self.exact_states = 0
+        """States evaluated in FP32 after (or for lack of) a low-precision evaluation."""
         self.screening = self.vocabulary.screen is not None
         self._since_rebase = [0, 0]  # states evaluated, and how many of them in full as well
-        self._rows: BatchPass | None = None
-        self._final: tuple[int, Tensor] | None = None
-        self._read: VocabularyReadout | None = None
-        self._metrics = self._slack = np.empty(0)
-        self._set_base(gather(clean.final, prompts.read), select=True)
+        self._now: Evaluated | None = None
+        self._fine: dict[int, tuple[Evaluated, int]] = {}  # states of the batch evaluated in FP32, too
+        self._set_base(gather(self.state.clean.final, prompts.read), select=True)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """The metric of each state and its slack: float64 [n], n <= batch.n_states if memory does not reach for all.
 
-        A slack above 0 says how far the metric may be off; ``sharpen`` removes it.
-
+        A slack above 0 says how far the metric may be off; ``sharpen`` removes it. Slack is about the vocabulary
+        alone: what low precision adds to it, only ``refine`` can tell.
         Raises PahqError if a metric is NaN or infinite.
         """
-        steps = plan(self.graph, batch)
-        fits = max(1, int(batch.n_states * self.memory_limit / max(1, self._bytes(steps, batch))))
-        if fits < batch.n_states:
-            batch = batch.first(fits)
-            steps = plan(self.graph, batch)
-        self._batch, self._rows = batch, BatchPass(self.state, self.nodes, batch)
-        self._final = self._rows.run(steps)
-        self._metrics = np.full(batch.n_states, self.base_metric)
-        self._slack = np.full(batch.n_states, self.base_slack)
-        self._read = None
-        if self._final is not None:
-            first, final = self._final
-            self._read = self.vocabulary.read(final, full=not self.screening)
-            self._since_rebase[0] += batch.n_states - first
-            self._metrics[first:] = self.metric(self._read).cpu().numpy()
-            self._slack[first:] = self._read.slack
-        self._check()
-        return self._metrics, self._slack
+        batch = self._fitting(batch)
+        self._fine = {}
+        self._now = self._pass(batch, chained=self.policy.differences)
+        self._since_rebase[0] += batch.n_states - (batch.n_states if self._now.final is None else self._now.final[0])
+        return self._now.metrics, self._now.slack
+
+    @property
+    def moved(self) -> np.ndarray:
+        """How far each state of the last batch lies from the state it was chained to, in what W_U reads: float64 [n].
+
+        Root of the mean square over the positions read; zeros unless the policy quantises differences.
+        """
+        assert self._now is not None
+        return self._now.moved
+
+    def _fitting(self, batch: Batch) -> Batch:
+        fits = max(1, int(batch.n_states * self.memory_limit / max(1, self._bytes(plan(self.graph, batch), batch))))
+        return batch.take(slice(0, fits)) if fits < batch.n_states else batch
+
+    def _pass(self, batch: Batch, chained: bool = False, full: bool = False) -> Evaluated:
+        rows = BatchPass(self.state, self.parts.chains if chained else self.parts.plain, batch, self.policy.differences)
+        final = rows.run(plan(self.graph, batch))
+        count, read = batch.n_states, None
+        metrics, slack, moved = np.full(count, self.base_metric), np.full(count, self.base_slack), np.zeros(count)
+        if final is not None:
+            first, values = final
+            chain = None
+            if chained:
+                base = self.model.unembed_input(self._base_final)
+                chain = Chained(base, batch.spine[first:].tolist(), self.store)
+            read = self.vocabulary.read(values, full or not self.screening, chain)
+            metrics[first:] = self.metric(read).cpu().numpy()
+            slack[first:], moved[first:] = read.slack, read.moved
+        self._check(metrics, batch)
+        return Evaluated(rows, final, read, metrics, slack, moved)
 
     @torch.no_grad()
     def sharpen(self, states: list[int]) -> None:
@@ -113,27 +140,52 @@ class Engine:
 
         A state of -1 is the base.
         """
-        if -1 in states and self.base_slack:
-            self._set_base(self._base_final, select=False)
-            unchanged = self._final[0] if self._final is not None else len(self._metrics)
-            self._metrics[:unchanged], self._slack[:unchanged] = self.base_metric, 0.0
-        if self._final is None:
+        now = self._now
+        assert now is not None
+        self._sharpen_base(states)
+        if now.final is None:
             return
-        first, final = self._final
-        states = [state for state in states if state >= first and self._slack[state]]
+        first, final = now.final
+        states = [state for state in states if state >= first and now.slack[state]]
         if not states:
             return
         self.escalated += len(states)
         self._since_rebase[1] += len(states)
         rows = torch.tensor([state - first for state in states], device=final.device)
         read = self.vocabulary.read(final[rows], full=True)
-        self._metrics[states], self._slack[states] = self.metric(read).cpu().numpy(), 0.0
+        now.metrics[states], now.slack[states] = self.metric(read).cpu().numpy(), 0.0
         for state, total in zip(states, read.logsumexp(), strict=True):
-            self._observe(state - first, total)
-        self._check()
+            self._observe(now, state - first, total)
+        self._check(now.metrics, now.rows.batch)
         # A screen that most states need to pass twice is a loss: do without until the next rebase.
         evaluated, again = self._since_rebase
         self.screening &= evaluated < ENOUGH_STATES or again < MOST * evaluated
+
+    def _sharpen_base(self, states: list[int]) -> None:
+        now = self._now
+        if now is not None and -1 in states and self.base_slack:
+            self._set_base(self._base_final, select=False)
+            unchanged = now.final[0] if now.final is not None else len(now.metrics)
+            now.metrics[:unchanged], now.slack[:unchanged] = self.base_metric, 0.0
+
+    @torch.no_grad()
+    def refine(self, states: list[int]) -> None:
+        """Evaluates states of the last batch in FP32 over the full vocabulary, in place in what ``evaluate`` gave.
+
+        A state of -1 is the base, which is FP32 already. Only for policies that quantise differences.
+        """
+        assert self.policy.differences
+        now = self._now
+        assert now is not None
+        self._sharpen_base(states)
+        wanted = [s for s in states if s >= 0 and s not in self._fine]
+        while wanted:
+            part = self._fitting(now.rows.batch.take(wanted))
+            some, wanted = wanted[: part.n_states], wanted[part.n_states :]
+            fine = self._pass(part, full=True)
+            self.exact_states += len(some)
+            self._fine |= {state: (fine, index) for index, state in enumerate(some)}
+            now.metrics[some], now.slack[some] = fine.metrics, fine.slack
 
     @property
     def batch_overhead(self) -> float:
@@ -142,27 +194,53 @@ class Engine:
         launch = LAUNCH_FLOPS["cpu"] * torch.get_num_threads() if on_cpu else LAUNCH_FLOPS["gpu"]
         return launch + (4 * self.prompts.read.numel() * self.model.W_U.numel() if self.screening else 0)
 
-    def commit(self, state: int) -> None:
-        """Makes a state of the last evaluated batch the base."""
-        assert self._rows is not None
+    @torch.no_grad()
+    def commit(self, state: int) -> float | None:
+        """Makes a state of the last evaluated batch the base.
+
+        Under a policy that quantises differences the new base is evaluated in FP32, and what its metric is then
+        is returned; under one that quantises values it is evaluated with no head under test.
+        """
+        now = self._now
+        assert now is not None
+        found: float | None = None
+        if self.policy.is_fp32:
+            one, index = now, state
+        elif state in self._fine:
+            one, index = self._fine[state]
+            found = float(one.metrics[index])
+        else:
+            batch = now.rows.batch.take([state])
+            batch.tested = np.full(1, -1)
+            one, index = self._pass(batch), 0
+            found = float(one.metrics[0])
+            self.exact_states += self.policy.differences
+        self._adopt(one, index)
+        self._now, self._fine = None, {}
+        return found
+
+    def _adopt(self, one: Evaluated, state: int) -> None:
         changed: dict[Key, Tensor] = {}
-        for step in self._rows.steps:
+        for step in one.rows.steps:
             if state >= step.first and (step.removed or step.senders):
-                changed["x", step.row, 0] = self._rows.input(step, state, state + 1)[0]
-        for key, (first, values) in self._rows.rows.items():
+                changed["x", step.row, 0] = one.rows.input(step, state, state + 1)[0]
+        for key, (first, values) in one.rows.rows.items():
             if state >= first:
                 changed[key] = values[state - first].clone()
-        self.state.changed |= changed
-        self.base_metric, self.base_slack = float(self._metrics[state]), float(self._slack[state])
-        if self._final is not None and state >= self._final[0]:
-            self._base_final = self._final[1][state - self._final[0]].clone()
-            moved = 0.0 if self._read is None else float(self._read.slack[state - self._final[0]])
-            if moved > self.tolerance:  # also where the metric is known in full: the anchor shall follow
-                already = not self.base_slack
-                total = self._set_base(self._base_final, select=False)
-                if not already and total is not None:
-                    self._observe(state - self._final[0], total)
-        self._rows = self._final = self._read = None
+        self.state.update(changed)
+        for (row, level), hidden in one.rows.hidden.items():
+            self.state.keep_hidden(row, level, hidden)
+        self.base_metric, self.base_slack = float(one.metrics[state]), float(one.slack[state])
+        if one.final is None or state < one.final[0]:
+            return
+        first, final = one.final
+        self._base_final = final[state - first].clone()
+        moved = 0.0 if one.read is None else float(one.read.slack[state - first])
+        if moved > self.tolerance:  # also where the metric is known in full: the anchor shall follow
+            already = not self.base_slack
+            total = self._set_base(self._base_final, select=False)
+            if not already and total is not None:
+                self._observe(one, state - first, total)
 
     def _set_base(self, final: Tensor, select: bool) -> Tensor | None:
         """Measures a base state in full from its final residual stream [B, P, d] at the read positions.
@@ -178,89 +256,37 @@ class Engine:
         self.base_metric = float(self.metric(read)[0])
         return total
 
-    def _observe(self, state: int, total: Tensor) -> None:
+    def _observe(self, one: Evaluated, state: int, total: Tensor) -> None:
         """Tells the screen the log-sum-exp [B, P] of a state that it had estimated."""
-        if self._read is None or self._read.missed is None or self.vocabulary.screen is None:
+        if one.read is None or one.read.missed is None or self.vocabulary.screen is None:
             return
-        without, estimate = (part[state] for part in self._read.missed)
+        without, estimate = (part[state] for part in one.read.missed)
         mean = self.vocabulary.mean
         self.vocabulary.screen.observe(float(mean(total - without)), float(mean(estimate)))
 
-    def _check(self) -> None:
+    def _check(self, metrics: np.ndarray, batch: Batch) -> None:
         """Raises PahqError, naming the edge, where a metric of the batch is NaN or infinite."""
-        bad = np.flatnonzero(~np.isfinite(self._metrics))
+        bad = np.flatnonzero(~np.isfinite(metrics))
         if len(bad):
-            row, column = self._batch.candidates[int(bad[0])]
+            row, column = batch.candidates[int(batch.tested[bad[0]])]
             raise PahqError(
-                f"metric '{self.metric.name}' became {self._metrics[bad[0]]} when edge "
-                f"{self.graph.edge_name(row, column)} was removed; check the model's weights, or use float64"
+                f"metric '{self.metric.name}' became {metrics[bad[0]]} when edge "
+                f"{self.graph.edge_name(row, column)} was removed; {self._mend}"
             )
+
+    @property
+    def _mend(self) -> str:
+        if "e4m3-overflow" in self.policy.formats.values():
+            return "unscaled e4m3 overflows to NaN beyond 448; use e4m3, which is scaled"
+        return "check the model's weights, or use float64" if self.policy.is_fp32 else "try --policy fp32"
 
     @torch.no_grad()
     def rebase(self, marks: Marks) -> None:
         """The base of ``marks``, computed afresh: a function of the mask alone, free of earlier rounding."""
-        self.state.changed.clear()
-        self._rows = None
+        self._now, self._fine = None, {}
         self.screening, self._since_rebase = self.vocabulary.screen is not None, [0, 0]
-        final = self.state.input(len(self.graph.receivers) - 1, Reach.READ)
-        touched: set[tuple[int, int]] = set()  # heads whose q, k or v were set, ended by layer
-        layer = -1
-        for row, receiver in enumerate(self.graph.receivers):
-            if not marks.finished[row] and not marks.direct_cut(row):
-                continue  # untouched so far: as in the clean run
-            if receiver.layer != layer or not receiver.is_attention:
-                self._rebase_heads(touched, marks)
-                touched, layer = set(), receiver.layer
-            level = marks.consumers_reach(receiver)
-            if not level:
-                continue
-            if receiver.is_attention:
-                touched |= self._rebase_attention(row, marks, level)
-                continue
-            x = self.state.patched_input(row, marks, level)
-            self.state.changed["x", row, 0] = x
-            if receiver.kind == "logits":
-                final = x
-            else:
-                out = self.nodes.mlp(x[None], receiver.layer)[0]
-                self.state.changed["out", mlp_column(self.graph, receiver.layer), 0] = out
+        final = Rebase(self.state, self.parts.plain, marks).run()
         self._set_base(self.spans.at_read(final), select=True)
-
-    def _rebase_attention(self, row: int, marks: Marks, level: Reach) -> set[tuple[int, int]]:
-        """Queries, keys or values of one receiver afresh; -> the heads (layer, head) that use them."""
-        receiver, touched = self.graph.receivers[row], set()
-        x = None
-        if not marks.direct_cut(row):
-            x = self.state.changed["x", row, 0] = self.state.patched_input(row, marks, level)
-        for which, index in projections(self.graph, receiver):
-            reach = level
-            if which == "q":
-                reach = marks.sender_reach(head_column(self.graph, receiver.layer, index))
-            if not reach:
-                continue
-            if x is None:
-                base = self.state.projected(which, receiver.layer, index, reach)
-                value = self.state.fallback(which, receiver.layer, index, reach).expand_as(base)
-            else:
-                narrowed = self.spans.narrow(x, level, reach)
-                value = self.nodes.project(narrowed[None], which, receiver.layer, index, reach)[0]
-            self.state.changed[which, receiver.layer, index] = value
-        for head in self.graph.heads_of(receiver):
-            touched.add((receiver.layer, head))
-        return touched
-
-    def _rebase_heads(self, heads: set[tuple[int, int]], marks: Marks) -> None:
-        size = self.graph.config.group_size
-        for layer, head in sorted(heads):
-            column = head_column(self.graph, layer, head)
-            level = marks.sender_reach(column)
-            if not level:
-                continue
-            group = head // size
-            q = self.state.projected("q", layer, head, level)[None]
-            k, v = (self.state.projected(which, layer, group, Reach.ALL)[None] for which in "kv")
-            prefix = [self.state.clean_prefix(which, layer, group) for which in "kv"]
-            self.state.changed["out", column, 0] = self.nodes.head(q, k, v, level, *prefix)[0]
 
     def _bytes(self, steps: list[Step], batch: Batch) -> int:
         """Memory that the values of a batch take: inputs and outputs of what changes, and a working copy.

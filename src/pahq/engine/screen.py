@@ -13,11 +13,17 @@ saves work but takes no decision it cannot bear.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from pahq.engine.flops import CHUNK_ELEMENTS, Flops
 from pahq.model.transformer import Transformer
+from pahq.precision.formats import Format
+from pahq.precision.matrix import LowMatrix, low_matrix
+
+Product = Callable[[Tensor, LowMatrix | None, slice, Tensor | None], Tensor]
 
 TAIL_MASS = 3e-3
 """Mean probability that may be left to the tail."""
@@ -48,8 +54,9 @@ def worth_screening(model: Transformer, positions: int) -> bool:
 class Screen:
     """See the module's text. Rows n run over examples and read positions: h [S, n, d], logits [n, V]."""
 
-    def __init__(self, model: Transformer, flops: Flops) -> None:
-        self.model, self.flops = model, flops
+    def __init__(self, model: Transformer, flops: Flops, unembed: Format | None = None) -> None:
+        """unembed: the unembedding's format in the products of states that form a chain."""
+        self.model, self.flops, self.unembed = model, flops, unembed
         self.spread = float(model.W_U.square().sum()) / model.W_U.numel()  # E |w . e|^2 for a unit vector e
         self._forget()
 
@@ -64,6 +71,7 @@ class Screen:
         count = int((ordered.double().cumsum(0) < 1 - TAIL_MASS).sum()) + 1
         self.tokens = tokens[: -(-count // 64) * 64].sort().values
         self.columns = self.model.W_U.T[self.tokens].T  # [d, m], copied once
+        self.low = None if self.unembed is None else low_matrix(self.columns, self.unembed)
         self._forget()
 
     def anchor(self, h: Tensor, logits: Tensor) -> Tensor:
@@ -79,18 +87,19 @@ class Screen:
         self.tail_mean = (p @ self.model.W_U.T) / self.tail[:, None].to(p.dtype)
         return total
 
-    def logsumexp(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """h [S, n, d] -> (log-sum-exp without what the mean leaves out, estimate of that), float64 [S, n] each."""
-        states, n, d = h.shape
+    def logsumexp(self, h: Tensor, product: Product) -> tuple[Tensor, Tensor]:
+        """h [S, n, d] -> (log-sum-exp without what the mean leaves out, estimate of that), float64 [S, n] each.
+
+        product: the readout's, see ``vocabulary.VocabularyReadout.product``.
+        """
+        states, n, _ = h.shape
         self.flops.add("unembed", h.numel() * len(self.tokens))
         change = h - self.h
-        rows = h.reshape(-1, d)
         top = torch.zeros(states, n, dtype=torch.float64, device=h.device)
-        width = max(256, CHUNK_ELEMENTS // rows.shape[0])
+        width = max(256, CHUNK_ELEMENTS // (states * n))
         for first in range(0, len(self.tokens), width):
             part = slice(first, first + width)
-            slab = (rows @ self.columns[:, part]).view(states, n, -1)
-            top += slab.add_(self.log_bias[:, part]).exp_().sum(-1)
+            top += product(self.columns, self.low, part, self.log_bias).exp_().sum(-1)
         tail = self.tail * (change * self.tail_mean).sum(-1).double().exp()
         # what the mean leaves out if x is normally distributed over the tail
         variance = self.spread * change.square().sum(-1).double()

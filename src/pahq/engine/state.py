@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pahq.engine.arithmetic import Arithmetic
 from pahq.engine.differences import Differences
 from pahq.engine.marks import Marks, Reach
 from pahq.engine.nodes import Nodes
@@ -14,6 +15,10 @@ from pahq.graph import Graph, Receiver
 
 Key = tuple[str, int, int]
 """("x", row, 0): a receiver's input; ("q", layer, head), ("k" or "v", layer, group); ("out", column, 0)."""
+Hidden = tuple[Tensor, Tensor | None]
+"""An MLP's hidden layer before the nonlinearity [B, P, d_mlp], and its gate if it has one."""
+HIDDEN_BYTES = 1 << 30
+"""Memory for hidden layers of the base state; beyond it they are computed when needed."""
 
 
 class State:
@@ -23,17 +28,57 @@ class State:
     of their reach; queries likewise; keys and values [B, stop - start, dh].
     """
 
-    def __init__(self, graph: Graph, clean: Run, reference: Run, spans: Spans, nodes: Nodes) -> None:
+    def __init__(
+        self, graph: Graph, clean: Run, reference: Run, spans: Spans, nodes: Nodes, differences: Differences
+    ) -> None:
         self.graph, self.clean, self.reference, self.spans, self.nodes = graph, clean, reference, spans, nodes
+        self.differences = differences
         self.changed: dict[Key, Tensor] = {}
         self._prefix: dict[Key, Tensor] = {}
         self._clean: dict[tuple[str, int, int, Reach], Tensor] = {}
-        self.differences = Differences(graph, clean, reference, spans, nodes)
+        self._hidden: dict[tuple[int, Reach], Hidden] = {}
+
+    def update(self, changed: dict[Key, Tensor]) -> None:
+        """Takes in values of a new base state."""
+        for kind, row, _ in changed:
+            if kind == "x":
+                self._forget_hidden(row)
+        self.changed |= changed
+
+    def clear(self) -> None:
+        """Back to the clean run."""
+        self.changed.clear()
+        self._hidden.clear()
 
     def input(self, row: int, level: Reach) -> Tensor:
         """A receiver's input in the base state: [B, P, d]."""
         stored = self.changed.get(("x", row, 0))
         return self.spans.take(self.clean.receiver(self.graph.receivers[row]), level) if stored is None else stored
+
+    def hidden(self, row: int, level: Reach) -> Hidden:
+        """The hidden layer of an MLP in the base state; kept until its input changes."""
+        found = self._hidden.get((row, level))
+        if found is None:
+            block = self.nodes.model.blocks[self.graph.receivers[row].layer]
+            assert block.mlp is not None
+            assert block.ln2 is not None
+            x = self.input(row, level)
+            rows = block.ln2(x).flatten(0, -2)
+            self.nodes.flops.add("mlp", (1 if block.mlp.W_gate is None else 2) * rows.numel() * block.mlp.W_in.shape[1])
+            hidden, gate = block.mlp.hidden(rows)
+            found = hidden.view(*x.shape[:-1], -1), None if gate is None else gate.view(*x.shape[:-1], -1)
+            self.keep_hidden(row, level, found)
+        return found
+
+    def keep_hidden(self, row: int, level: Reach, hidden: Hidden) -> None:
+        """Keeps a hidden layer of the base state, if memory allows."""
+        held = sum(h.nbytes * (1 if g is None else 2) for h, g in self._hidden.values())
+        if held + hidden[0].nbytes * (1 if hidden[1] is None else 2) <= HIDDEN_BYTES:
+            self._hidden[row, level] = hidden
+
+    def _forget_hidden(self, row: int) -> None:
+        for level in Reach:
+            self._hidden.pop((row, level), None)
 
     def projected(self, which: str, layer: int, index: int, level: Reach) -> Tensor:
         """q, k or v in the base state, turned by its positions: [B, P, dh]; ``level`` ALL for k and v."""
@@ -67,8 +112,10 @@ class State:
         stored = self.changed.get(("out", column, 0))
         return self.spans.take(self.clean.sender(self.graph.senders[column]), level) if stored is None else stored
 
-    def patched_input(self, row: int, marks: Marks, level: Reach) -> Tensor:
+    def patched_input(self, row: int, marks: Marks, level: Reach, maths: Arithmetic) -> Tensor:
         """A receiver's input afresh: reference + sum over present edges of (sender now - sender in reference)."""
+        if maths.rounds:
+            return self._patched_of_rounded(row, marks, level, maths)
         receiver, spans = self.graph.receivers[row], self.spans
         x = spans.take(self.reference.receiver(receiver), level)
         x = x.expand(self.spans.read.shape[0], -1, -1).clone()
@@ -82,6 +129,23 @@ class State:
             now = spans.narrow(self.output(column, reach), reach, level)
             gap = now - spans.take(self.reference.sender(sender), level)
             x += self.nodes.write(gap, sender.layer, sender.index) if sender.kind == "head" else gap
+        return x
+
+    def _patched_of_rounded(self, row: int, marks: Marks, level: Reach, maths: Arithmetic) -> Tensor:
+        """The same from the clean input down, as batches do it: sums of rounded values do not add up to it exactly."""
+        spans, add = self.spans, self.nodes.model.add
+        x = spans.take(self.clean.receiver(self.graph.receivers[row]), level).clone()
+        for column in range(self.graph.n_upstream(self.graph.receivers[row])):
+            sender = self.graph.senders[column]
+            if not marks.mask[row, column]:
+                x = add(x, -self.differences.one(column, level))
+            elif ("out", column, 0) in self.changed:
+                reach = marks.sender_reach(column)
+                now, before = self.output(column, reach), spans.take(self.clean.sender(sender), reach)
+                gap = now - before
+                if sender.kind == "head":
+                    gap = maths.written(sender.layer, sender.index, 0, now[None], before)[0]
+                x = add(x, spans.narrow(gap, reach, level))
         return x
 
 

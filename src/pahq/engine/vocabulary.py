@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from pahq.engine import chain
 from pahq.engine.flops import CHUNK_ELEMENTS, Flops
 from pahq.engine.screen import Screen
 from pahq.model.transformer import Transformer
+from pahq.precision.formats import Rounded, quantise
+from pahq.precision.matrix import LowMatrix
+from pahq.precision.store import WeightStore
 
 SAFE_EXPONENT = 60.0
 """exp of a log-sum-exp up to here, either way, stays well inside float32's range."""
@@ -21,19 +27,25 @@ class Vocabulary:
 
     typical: log-sum-exp [N, P] of the clean model, the scale of every state's.
     weight: [N, P], how much each position counts in the metric.
-    screen: sums over likely tokens where that will do; None for full sums always.
+    screen: sums over likely tokens where that will do; None for full sums always. rounds: logits are rounded.
     """
 
     def __init__(
-        self, model: Transformer, typical: Tensor, weight: Tensor, flops: Flops, screen: Screen | None
+        self,
+        model: Transformer,
+        typical: Tensor,
+        weight: Tensor,
+        flops: Flops,
+        screen: Screen | None,
+        rounds: bool = False,
     ) -> None:
-        self.model, self.weight, self.flops, self.screen = model, weight, flops, screen
+        self.model, self.weight, self.flops, self.screen, self.rounds = model, weight, flops, screen, rounds
         self.shift = None if float(typical.abs().max()) < SAFE_EXPONENT else typical
         self._directions: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def read(self, x: Tensor, full: bool = False) -> VocabularyReadout:
+    def read(self, x: Tensor, full: bool = False, chained: Chained | None = None) -> VocabularyReadout:
         """x [S, N, P, d], final residual streams at the read positions. full: do not screen."""
-        return VocabularyReadout(self, self.model.ln_final(x), None if full else self.screen)
+        return VocabularyReadout(self, self.model.unembed_input(x), None if full else self.screen, chained)
 
     def mean(self, value: Tensor) -> Tensor:
         """value [..., N, P] -> its mean over the positions that count [...]"""
@@ -67,33 +79,75 @@ class Vocabulary:
         return self.screen.anchor(rows, logits).view(h.shape[:-1])
 
 
+@dataclass(frozen=True)
+class Chained:
+    """The states of a readout as a chain (see ``engine.chains``).
+
+    base: normalised final residual stream of the base state [N, P, d]; spine: bool [S]; store: has the unembedding.
+    """
+
+    base: Tensor
+    spine: list[bool]
+    store: WeightStore
+
+
 class VocabularyReadout:
     """Answers of some states; h [S, N, P, d] is the normalised final residual stream. See ``task.metrics.Readout``.
 
     slack: float64 [S], how far a metric built on these answers may be from the full sum's.
+    chained: sums over the vocabulary multiply differences of states in low precision.
     """
 
-    def __init__(self, vocabulary: Vocabulary, h: Tensor, screen: Screen | None) -> None:
-        self.vocabulary, self.h, self.screen = vocabulary, h, screen
+    def __init__(
+        self, vocabulary: Vocabulary, h: Tensor, screen: Screen | None, chained: Chained | None = None
+    ) -> None:
+        self.vocabulary, self.h, self.screen, self.chained = vocabulary, h, screen, chained
         self.slack = np.zeros(h.shape[0])
         self.missed: tuple[Tensor, Tensor] | None = None  # of a screened sum: (without, estimate) [S, N, P] each
         self._logsumexp: Tensor | None = None
+        self._change: Rounded | None = None
+        self.moved = np.zeros(h.shape[0])
+        """Length of the change from a state's parent: root of its mean square over positions read, float64 [S]."""
+        if chained is not None:
+            change = chain.deltas(h, chained.base, chained.spine)
+            self.moved = vocabulary.mean(change.square().sum(-1).double()).sqrt().cpu().numpy()
+            self._change = quantise(change.flatten(0, -2), chained.store.policy.format("unembed"))
+
+    def product(self, columns: Tensor, low: LowMatrix | None, part: slice, offset: Tensor | None) -> Tensor:
+        """Some logits of all states: [S, n, width], n running over examples and read positions.
+
+        columns [d, m], and the same in low precision for chained states; part of the m; offset [n or 1, m] is added.
+        """
+        states, width = self.h.shape[0], self.h.shape[-1]
+        added = None if offset is None else offset[:, part]
+        if self.chained is None or self._change is None or low is None:
+            out = (self.h.reshape(-1, width) @ columns[:, part]).view(states, -1, columns[:, part].shape[1])
+            return out if added is None else out.add_(added)
+        tip = self.chained.base.reshape(-1, width) @ columns[:, part]
+        tip = tip if added is None else tip + added
+        return chain.sums(low.part(part).product(self._change).view(states, *tip.shape), tip, self.chained.spine)
 
     def select(self, ids: Tensor) -> Tensor:
         model, ids = self.vocabulary.model, ids.clamp(min=0)
         columns = model.W_U.T[ids]  # [N, P, A, d]
         out = torch.einsum("snpd,npad->snpa", self.h, columns)
-        return out if model.b_U is None else out + model.b_U[ids]
+        return model.logits(out if model.b_U is None else out + model.b_U[ids])
 
     def expect(self, probabilities: Tensor) -> Tensor:
+        if self.vocabulary.rounds:  # then a sum of logits is no product with a sum of columns
+            return torch.stack([(row.to(probabilities.dtype) * probabilities).sum(-1) for row in self.logits()])
         direction, bias = self.vocabulary.direction(probabilities)
         return (self.h.to(direction.dtype) * direction).sum(-1) + bias
 
     def logits(self) -> Tensor:
         model = self.vocabulary.model
         self._count()
-        out = self.h @ model.W_U
-        return out if model.b_U is None else out + model.b_U
+        out = self.product(model.W_U, self._low, slice(None), None if model.b_U is None else model.b_U[None])
+        return model.logits(out).view(*self.h.shape[:-1], -1)
+
+    @property
+    def _low(self) -> LowMatrix | None:
+        return None if self.chained is None else self.chained.store.matrix("unembed")
 
     def know_logsumexp(self, value: Tensor) -> None:
         """Takes the log-sum-exp [S, N, P] from elsewhere."""
@@ -105,7 +159,7 @@ class VocabularyReadout:
         return self._logsumexp
 
     def _screened(self, screen: Screen) -> Tensor:
-        value, estimate = screen.logsumexp(self.h.flatten(1, 2))
+        value, estimate = screen.logsumexp(self.h.flatten(1, 2), self.product)
         far = ~((value - screen.total).abs() <= SAFE_EXPONENT).all(-1)  # exp may have left its range (or a NaN)
         if bool(far.any()):
             value[far] = VocabularyReadout(self.vocabulary, self.h[far], None).logsumexp().flatten(1)
@@ -125,11 +179,10 @@ class VocabularyReadout:
         if vocabulary.shift is not None:
             shift = vocabulary.shift.to(rows.dtype).expand(self.h.shape[:-1]).reshape(-1, 1)
         width = max(256, CHUNK_ELEMENTS // max(1, rows.shape[0]))
+        bias = None if model.b_U is None else model.b_U[None]
         for first in range(0, model.W_U.shape[1], width):
-            part = slice(first, first + width)
-            slab = rows @ model.W_U[:, part]
-            if model.b_U is not None:
-                slab += model.b_U[part]
+            slab = self.product(model.W_U, self._low, slice(first, first + width), bias).flatten(0, 1)
+            slab = model.logits(slab)
             if shift is not None:
                 slab -= shift
             total += slab.exp_().sum(-1)
@@ -139,7 +192,7 @@ class VocabularyReadout:
             out += shift.squeeze(-1)
         for some in far.nonzero().squeeze(-1).split(max(1, FAR_ELEMENTS // model.W_U.shape[1])):
             logits = rows[some] @ model.W_U
-            out[some] = torch.logsumexp(logits if model.b_U is None else logits + model.b_U, -1).double()
+            out[some] = torch.logsumexp(model.logits(logits if model.b_U is None else logits + model.b_U), -1).double()
         return out.view(self.h.shape[:-1])
 
     def _count(self) -> None:

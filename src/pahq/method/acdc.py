@@ -22,6 +22,7 @@ from pahq.graph import Graph
 from pahq.method.speculate import MAX_STATES, Speculator
 from pahq.method.sweep import Sweep, visits
 from pahq.model.transformer import Transformer
+from pahq.precision.policy import FP32, Policy
 from pahq.task.metrics import metric_class
 from pahq.task.prompts import Prompts
 
@@ -58,6 +59,8 @@ class AcdcOptions:
     split_qkv: bool = True
     direct_edges: bool = True
     split_pos: bool = False
+    policy: Policy = FP32
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.threshold):
@@ -141,7 +144,8 @@ class Acdc:
             options.ablation,
             memory_limit,
             screen,
-            tolerance=BASE_TOLERANCE * abs(options.threshold),
+            BASE_TOLERANCE * abs(options.threshold),
+            options.policy,
         )
         order = visits(self.graph, options.head_order == "ascending", options.sender_order == "earliest")
         self.sweep = Sweep(order, Marks.full(self.graph))

@@ -129,7 +129,7 @@ class Speculator:
         # State i lacks edge i and every earlier edge that is guessed to go.
         applied = np.tril(np.ones((len(edges), len(edges)), dtype=bool)) & ~np.array(guesses, dtype=bool)
         np.fill_diagonal(applied, True)
-        return Batch(edges, applied, future.marks), guesses
+        return Batch(edges, applied, future.marks, spine=~np.array(guesses, dtype=bool)), guesses
 
     def decided(self, edge: tuple[int, int], effect: float, guessed: bool | None = None) -> None:
         """Takes in a decision; guessed: None for one that was replayed."""

@@ -105,12 +105,15 @@ class Transformer:
         """Logits as they come out of that product, bias included -> as they are used, the same shape."""
         return x
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, H, T, dh], k and v [B, G, T, dh] before the rotary turn -> z [B, H, T, dh]."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, shared: bool = True) -> Tensor:
+        """q [B, H, T, dh], k and v [B, G, T, dh] before the rotary turn -> z [B, H, T, dh].
+
+        shared: k and v are those of groups of heads, where the model has groups; else one for each q given.
+        """
         cfg = self.config
         where = torch.arange(q.shape[-2], device=q.device)
         q, k = self.rotate(q, where), self.rotate(k, where)
-        k, v = (t.repeat_interleave(cfg.group_size, dim=1) if cfg.group_size > 1 else t for t in (k, v))
+        k, v = (t.repeat_interleave(cfg.group_size, dim=1) if shared and cfg.group_size > 1 else t for t in (k, v))
         scores = q @ k.transpose(-1, -2) * cfg.scale
         allowed = allowed_keys(where, where, cfg.causal, cfg.window)
         if allowed is not None:

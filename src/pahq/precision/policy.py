@@ -132,6 +132,9 @@ POLICIES: dict[str, tuple[Policy, str]] = {
 }
 
 
+FP32 = POLICIES["fp32"][0]
+
+
 def get_policy(spec: str | Policy, under_test: str | None = None) -> Policy:
     """A policy by name, from a JSON file, or from a table such as ``attention=e4m3,mlp=int8``.
 

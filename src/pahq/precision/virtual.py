@@ -41,6 +41,10 @@ class VirtualScheduler(Scheduler):
                 moments.append(moment)
         return tuple(moments)
 
+    def read(self, done: Done[Any]) -> None:
+        """The host waits for one call, as it does to read a result."""
+        self.host = max(self.host, done.ticket)
+
     def finish(self) -> float:
         """Waits for every stream; seconds since the start."""
         self.host = max(self.host, *self._free.values())

@@ -1,0 +1,133 @@
+"""How a batch computes its nodes: each state by itself. (``chains`` carries differences from state to state.)
+
+A node is computed some states at a time, so the arithmetic hands out a walk for it: a function that is
+called with consecutive pieces of its inputs. Shapes: S states, B examples, P positions of a reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pahq.engine.marks import Reach
+from pahq.engine.nodes import Nodes
+from pahq.graph import Graph
+from pahq.precision.formats import Format, get_format
+
+Keep = Callable[[int, Reach, tuple[Tensor, Tensor | None]], None]
+EXACT = get_format("fp32")
+Walk = Callable[[slice, Tensor], Tensor]
+"""(states counted from the step's first one, their inputs [s, B, P, d]) -> the node's values [s, B, P, …]"""
+
+
+class Arithmetic:
+    """Every state by itself, in the arithmetic of the model that ``nodes`` has.
+
+    exact: nodes in FP32 for heads under test, where those of ``nodes`` round; others: for other receivers, too.
+    rounds: values are rounded, so that a product of a difference is not the difference of products.
+    residual: format that sums in the residual stream are rounded to.
+    """
+
+    chained = False
+    """Whether a node's states have to be computed in one walk."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        nodes: Nodes,
+        exact: Nodes | None = None,
+        others: bool = False,
+        rounds: bool = False,
+        residual: Format = EXACT,
+    ) -> None:
+        self.graph, self.nodes, self.exact, self.others = graph, nodes, exact, others
+        self.rounds, self.residual = rounds, residual
+        self.tested = np.empty(0, dtype=np.int64)
+
+    def begin(self, tested: np.ndarray, spine: np.ndarray) -> None:
+        """Tells what the states of the next batch test (rows of receivers) and which ones later states build on."""
+        self.tested, self.spine = tested, spine
+
+    def under_test(self, row: int, first: int) -> np.ndarray:
+        """bool [S - first]: the states that compute a receiver's own node in FP32."""
+        head = self.graph.receivers[row].is_attention or self.others
+        return (self.tested[first:] == row) & head & (self.exact is not None)
+
+    def head_under_test(self, layer: int, head: int, first: int) -> np.ndarray:
+        """bool [S - first]: the states that test an input of this head."""
+        rows = [
+            row
+            for row, receiver in enumerate(self.graph.receivers)
+            if receiver.is_attention and receiver.layer == layer and head in self.graph.heads_of(receiver)
+        ]
+        return np.isin(self.tested[first:], rows) & (self.exact is not None)
+
+    def projection(self, row: int, first: int, which: str, index: int, reach: tuple[Reach, Reach]) -> Walk:
+        """q, k or v of a receiver. reach: of the receiver's input, and of the value."""
+        layer, level = self.graph.receivers[row].layer, reach[1]
+        under = self.under_test(row, first)
+
+        def walk(states: slice, x: Tensor) -> Tensor:
+            x = self.nodes.spans.narrow(x, *reach)
+            return self._mixed(
+                under[states],
+                x,
+                lambda part: self.nodes.project(part, which, layer, index, level),
+                lambda part: self._exact.project(part, which, layer, index, level),
+            )
+
+        return walk
+
+    def mlp(self, row: int, first: int, level: Reach, keep: Keep | None = None) -> Walk:
+        """The MLP of a receiver. keep: takes the hidden layer of a batch of one state."""
+        layer, under = self.graph.receivers[row].layer, self.under_test(row, first)
+
+        def walk(states: slice, x: Tensor) -> Tensor:
+            def kept(hidden: Tensor, gate: Tensor | None) -> None:
+                assert keep is not None
+                shape = (*x.shape[1:-1], -1)
+                keep(row, level, (hidden.view(shape), None if gate is None else gate.view(shape)))
+
+            return self._mixed(
+                under[states],
+                x,
+                lambda part: self.nodes.mlp(part, layer, None if keep is None else kept),
+                lambda part: self._exact.mlp(part, layer),
+            )
+
+        return walk
+
+    def written(self, layer: int, head: int, first: int, values: Tensor, base: Tensor) -> Tensor:
+        """What a head with z values [S - first, B, P, dh] adds to the residual stream beyond the base's [B, P, dh]."""
+        if not self.rounds:
+            return self.nodes.write(values - base, layer, head)
+        change = self._mixed(
+            self.head_under_test(layer, head, first),
+            values,
+            lambda part: self.nodes.write(part, layer, head),
+            lambda part: self._exact.write(part, layer, head),
+        )
+        return change - self.nodes.write(base, layer, head)
+
+    @property
+    def _exact(self) -> Nodes:
+        assert self.exact is not None
+        return self.exact
+
+    @staticmethod
+    def _mixed(
+        under: np.ndarray, x: Tensor, low: Callable[[Tensor], Tensor], high: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Some states by ``high``, the others by ``low``, put together in order."""
+        if not under.any():
+            return low(x)
+        if under.all():
+            return high(x)
+        where = torch.from_numpy(under).to(x.device)
+        rough, fine = low(x[~where]), high(x[where])
+        out = rough.new_empty((x.shape[0], *rough.shape[1:]))
+        out[~where], out[where] = rough, fine
+        return out

@@ -1,0 +1,131 @@
+"""A model that rounds values: inputs and weights of every product, and what else a policy names.
+
+This is the arithmetic of Wang et al. 2025 (``pahq-values``) and of their failing baseline (``rtn``). Rounding
+depends on a row alone, so a component whose input did not change gives the same output bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pahq.model.components import MLP, Attention, Norm
+from pahq.model.transformer import Block, Transformer
+from pahq.precision.formats import Format, round_to
+from pahq.precision.matrix import LowMatrix
+from pahq.precision.policy import Policy
+from pahq.precision.store import WeightStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedNorm(Norm):
+    """A norm whose output is rounded."""
+
+    fmt: Format
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return round_to(super().__call__(x), self.fmt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedAttention(Attention):
+    """matrices: q, k, v, o -> one low-precision matrix a head (group)."""
+
+    matrices: dict[str, list[LowMatrix]]
+
+    def project(self, x: Tensor, which: str, index: int) -> Tensor:
+        _, bias, norm = self.parts(which)
+        out = self.matrices[which][index].multiply(x)
+        out = out if bias is None else out + bias[index]
+        return out if norm is None else norm(out)
+
+    def project_all(self, x: Tensor, which: str) -> Tensor:
+        return torch.stack([self.project(x, which, index) for index in range(len(self.matrices[which]))], dim=-3)
+
+    def write(self, z: Tensor, head: int) -> Tensor:
+        return self.matrices["o"][head].multiply(z)
+
+    def write_all(self, z: Tensor) -> Tensor:
+        out = sum((self.write(z[:, head], head) for head in range(1, z.shape[1])), self.write(z[:, 0], 0))
+        return out if self.b_O is None else out + self.b_O
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedMLP(MLP):
+    """An MLP of low-precision matrices."""
+
+    low_in: LowMatrix
+    low_out: LowMatrix
+    low_gate: LowMatrix | None
+
+    def hidden(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        encoded = self.low_in.encode(rows)
+        gate = None if self.low_gate is None else _biased(self.low_gate.product(encoded), self.b_gate)
+        return _biased(self.low_in.product(encoded), self.b_in), gate
+
+    def write(self, hidden: Tensor) -> Tensor:
+        return _biased(self.low_out.multiply(hidden), self.b_out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedTransformer(Transformer):
+    """A transformer of rounded values. W_E, W_pos and W_U hold what their formats keep of the weights."""
+
+    policy: Policy
+
+    def pattern(self, scores: Tensor) -> Tensor:
+        return round_to(super().pattern(scores), self.policy.format("softmax"))
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return round_to(x + y, self.policy.format("residual"))
+
+    def unembed_input(self, x: Tensor) -> Tensor:
+        return round_to(super().unembed_input(x), self.policy.format("unembed"))
+
+    def logits(self, x: Tensor) -> Tensor:
+        return round_to(x, self.policy.format("metric"))
+
+
+def rounded_model(model: Transformer, policy: Policy, store: WeightStore) -> RoundedTransformer:
+    """The model as a policy that quantises values computes it; ``store`` keeps its weights."""
+    assert policy.values
+    cfg, norm, embed = model.config, policy.format("norm"), policy.format("embed")
+
+    def rounded(one: Norm) -> Norm:
+        return one if norm.is_exact else RoundedNorm(**_fields(one), fmt=norm)
+
+    blocks = []
+    for layer, block in enumerate(model.blocks):
+        counts = {"q": cfg.n_heads, "k": cfg.n_kv_heads, "v": cfg.n_kv_heads, "o": cfg.n_heads}
+        matrices = {name: [store.matrix(name, layer, i) for i in range(count)] for name, count in counts.items()}
+        attn, mlp, ln2 = RoundedAttention(**_fields(block.attn), matrices=matrices), None, None
+        if block.mlp is not None and block.ln2 is not None:
+            ln2 = rounded(block.ln2)
+            gate = None if block.mlp.W_gate is None else store.matrix("mlp_gate", layer)
+            mlp = RoundedMLP(
+                **_fields(block.mlp),
+                low_in=store.matrix("mlp_in", layer),
+                low_out=store.matrix("mlp_out", layer),
+                low_gate=gate,
+            )
+        blocks.append(Block(rounded(block.ln1), attn, ln2, mlp))
+    plain = replace(
+        model,
+        W_E=round_to(model.W_E, embed),
+        W_pos=None if model.W_pos is None else round_to(model.W_pos, embed),
+        W_U=round_to(model.W_U.T, policy.format("unembed")).T,
+        blocks=tuple(blocks),
+        ln_final=rounded(model.ln_final),
+    )
+    return RoundedTransformer(**_fields(plain), policy=policy)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {f.name: getattr(value, f.name) for f in fields(value)}
+
+
+def _biased(value: Tensor, bias: Tensor | None) -> Tensor:
+    return value if bias is None else value + bias
