@@ -47,9 +47,9 @@ def test_every_use_reads_the_weights_of_its_key(
             loader.prefetch(guess)
 
             def use(slot: Slot = slot) -> float:
-                first = slot.ready.value[0].sum().item() / 12
+                first = slot.tensors[0].sum().item() / 12
                 threading.Event().wait(0.0005)
-                return first if slot.ready.value[0].sum().item() / 12 == first else float("nan")
+                return first if slot.tensors[0].sum().item() / 12 == first else float("nan")
 
             uses.append(scheduler.submit("high", f"use {key}", use, [slot.ready]))
             slot.release(uses[-1])
@@ -103,6 +103,8 @@ def test_two_users_release_in_any_order(later_first: bool) -> None:
         early = scheduler.submit("high", "early", lambda: one.ready.value[0].sum().item(), [one.ready])
         late = scheduler.submit("high", "late", lambda: gate.wait(20) and two.ready.value[0].sum().item())
         for slot, done in [(two, late), (one, early)] if later_first else [(one, early), (two, late)]:
+            with pytest.raises(AssertionError, match="no buffer is free for 2"):
+                loader.fetch(2)
             slot.release(done)
         following = loader.fetch(2)
         threading.Event().wait(0.01)
@@ -147,6 +149,23 @@ def test_without_a_load_stream_nothing_is_prefetched() -> None:
         assert not loader.prefetch(1)
         loader.fetch(1)
         assert loader.prefetch(1)
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_the_order_of_submission_decides_who_may_still_use_a_slot(threads: bool) -> None:
+    gate = threading.Event()
+    with make_scheduler("cpu", threads=threads) as scheduler:
+        slot = loader_of(scheduler).fetch(1)
+        if threads:
+            scheduler.submit("high", "busy", lambda: gate.wait(20))
+        before = scheduler.submit("high", "before", lambda: slot.tensors[0].sum().item(), [slot.ready])
+        slot.release(before)
+        late = scheduler.submit("high", "late", lambda: slot.tensors[0].sum().item(), [slot.ready])
+        gate.set()
+        scheduler.join(before)
+        assert before.value == 12
+        with pytest.raises(AssertionError, match="slot of 1: used after its release"):
+            scheduler.join(late)
 
 
 @pytest.mark.parametrize("copy", [False, True])

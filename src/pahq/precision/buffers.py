@@ -58,12 +58,16 @@ class Slot:
         self._loader, self._buffer = loader, buffer
         self.key = buffer.key
         self.ready: Done[Tensors] = buffer.filled
-        self._released = False
+        self._released: int | None = None  # the scheduler's count when it happened
 
     @property
     def tensors(self) -> Tensors:
-        """The weights, for those who waited for ``ready``. Raises AssertionError after ``release``."""
-        if self._released:
+        """The weights, for those who waited for ``ready``. Raises AssertionError after ``release``.
+
+        A call that was submitted before the release may come to run after it: the order of submission counts.
+        """
+        running = self._loader.scheduler.running
+        if self._released is not None and (running is None or running > self._released):
             held = "was replaced" if self._buffer.filled is not self.ready else "may be replaced any time"
             raise AssertionError(f"slot of {self.key}: used after its release (its buffer {held}); fetch it again")
         return self.ready.value
@@ -73,9 +77,9 @@ class Slot:
 
         Raises AssertionError the second time.
         """
-        if self._released:
+        if self._released is not None:
             raise AssertionError(f"slot of {self.key}: released twice")
-        self._released = True
+        self._released = self._loader.scheduler.count()
         for done in self._loader.scheduler.issued() if after is None else (after.bare(),):
             known = self._buffer.after.get(done.lane)
             if known is None or known.number < done.number:

@@ -98,6 +98,11 @@ class Scheduler(ABC):
         """The lane whose work is being done or issued."""
         return getattr(self._thread, "lane", CALLER)
 
+    @property
+    def running(self) -> int | None:
+        """The number of the call that is being made on this thread, None outside of calls."""
+        return getattr(self._thread, "running", None)
+
     def count(self) -> int:
         """The number of the next Done."""
         self._count += 1
@@ -154,19 +159,19 @@ class Scheduler(ABC):
     def _check_caller(self, what: str, dones: Sequence[Done[Any]]) -> None:
         if self._closed:
             raise AssertionError(f"{what}: the scheduler is closed")
-        if getattr(self._thread, "inside", False):
+        if self.running is not None:
             raise AssertionError(f"{what}: not from inside a call (on {self.here}); submit the parts one by one")
         for done in dones:
             if done.scheduler is not self:
                 raise AssertionError(f"{what}: '{done.name}' belongs to another scheduler")
 
     @contextlib.contextmanager
-    def _inside(self, lane: str) -> Iterator[None]:
-        self._thread.lane, self._thread.inside = lane, True
+    def _inside(self, done: Done[Any]) -> Iterator[None]:
+        self._thread.lane, self._thread.running = done.lane, done.number
         try:
             yield
         finally:
-            self._thread.lane, self._thread.inside = CALLER, False
+            self._thread.lane, self._thread.running = CALLER, None
 
     def _execute(self, done: Done[T], call: Callable[[], T], after: tuple[Done[Any], ...]) -> None:
         """Makes the call here and now, unless something it needs failed."""
@@ -176,7 +181,7 @@ class Scheduler(ABC):
         for earlier in after:
             earlier.ready_on.add(done.lane)
         try:
-            with self._inside(done.lane), torch.no_grad():
+            with self._inside(done), torch.no_grad():
                 done.result = call()
         except Exception as error:  # carried to whoever waits for it
             done.error = error
