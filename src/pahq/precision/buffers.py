@@ -100,7 +100,7 @@ class Loader(Generic[K]):
         source: Callable[[K], Tensors],
         slots: int = 2,
         copy: bool | None = None,
-        copier: Callable[[Tensors, Tensors], Any] | None = None,
+        copier: Callable[[Tensors, Any], Any] | None = None,
     ) -> None:
         if slots < 1:
             raise AssertionError(f"loader: {slots} slots; at least one is needed")
