@@ -360,6 +360,11 @@ def modelled(size: str, given: argparse.Namespace) -> tuple[dict[str, float], di
     return figures(size, ms, "modelled_"), {"ms": ms, "overlap_load_low_ms": traced}
 
 
+def with_engine(size: str, given: argparse.Namespace) -> tuple[dict[str, float], dict[str, Any]]:
+    """A sweep under policy pahq with the streams on and off: nothing yet, since the engine takes no scheduler."""
+    return {}, {}
+
+
 def figures(size: str, ms: dict[str, float], prefix: str) -> dict[str, float]:
     named = {f"{prefix}ms_{name}_{size}": value for name, value in ms.items()}
     speedups = {
@@ -433,7 +438,8 @@ def main() -> None:
     details: dict[str, Any] = {"options": {k: str(v) for k, v in vars(given).items()}}
     for size in given.sizes.split(","):
         some, details[size] = (measured if on_gpu else modelled)(size, given)
-        found |= some
+        engine, details[f"engine_{size}"] = with_engine(size, given)
+        found |= some | engine
     some, details["threads"] = threaded(given)
     finish(given.out, facts, found | some, details)
 

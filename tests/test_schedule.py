@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -21,6 +22,8 @@ from pahq.precision.virtual import Cost, VirtualScheduler
 from random_models import drawn
 
 SUBSETS = [subset for count in range(4) for subset in combinations(STREAMS, count)]
+
+SIX = torch.ones(6)
 
 
 @dataclass(frozen=True)
@@ -266,6 +269,9 @@ def test_tensors_of_a_value_are_found() -> None:
     a, b, c = (torch.zeros(i) for i in (1, 2, 3))
     assert [t.numel() for t in tensors({"x": [a, Pair(b, (c, 1, None, "s"))]})] == [1, 2, 3]
     assert list(tensors(3.0)) == []
+    circle = Pair(a, None)
+    circle.rest = [circle, np.zeros(2)]
+    assert len(list(tensors(circle))) == 1
 
     def counter() -> Iterator[int]:
         yield 1
@@ -294,6 +300,14 @@ def test_what_a_call_captured_is_found_as_it_was() -> None:
     rebind()
     sizes = {value.numel() for value in _flat(before) if isinstance(value, torch.Tensor)}
     assert sizes == {2, 3, 4, 5}
+
+    def one(again: bool = False, kept: torch.Tensor = SIX) -> object:
+        return two() if again else kept
+
+    def two() -> object:
+        return one(True)
+
+    assert any(isinstance(value, torch.Tensor) and value.numel() == 6 for value in _flat(captured(two)))
     assert any(value is before for value in _flat(captured(before.__len__)))
 
 

@@ -116,7 +116,8 @@ def test_the_unembedding_comes_in_pieces(columns: int, pieces: int) -> None:
         assert len(found) == pieces
         assert torch.equal(torch.cat([slab for _, slab in found], 1), plain.W_U)
         assert all(torch.equal(slab, plain.W_U[:, part]) for part, slab in found)
-        assert model.slabs.loader.device_bytes <= 2 * max(columns, 1) * 32 * 8
+        assert model.slabs.loader.device_bytes == min(pieces, 2) * model.slabs.width * 32 * 8
+        assert model.slabs.width <= columns
 
 
 def test_pieces_left_half_way_free_their_buffer() -> None:

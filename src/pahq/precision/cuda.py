@@ -12,8 +12,10 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +25,10 @@ from pahq.precision.trace import Trace
 
 MOST_HELD = 4096
 """Calls issued but not yet through, at most; beyond it the host waits for the oldest (memory stays bounded)."""
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, np.ndarray, np.generic, torch.dtype, torch.device)
+"""What holds no tensor."""
 
 
 class Ticket(NamedTuple):
@@ -89,6 +95,7 @@ class CudaScheduler(Scheduler):
 
     def _wait(self, done: Done[Any]) -> None:
         _order(done, torch.cuda.current_stream(self.device))
+        self._let_go()
 
     def _let_go(self) -> None:
         """Drops what the calls captured whose events have passed."""
@@ -121,40 +128,44 @@ def _order(earlier: Done[Any], stream: torch.cuda.Stream) -> None:
             tensor.record_stream(stream)
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
     """All tensors of a call's value: through sequences, mappings and the attributes of objects.
 
     Raises AssertionError for something it cannot look into, since a tensor in there would go unprotected.
     """
+    seen = set() if seen is None else seen
     if isinstance(value, Tensor):
         yield value
-    elif value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
+    elif value is None or isinstance(value, _PLAIN) or id(value) in seen:
         return
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from tensors(part)
-    elif isinstance(value, (list, tuple, set, frozenset)):
+    elif isinstance(value, (Mapping, list, tuple, set, frozenset)) or hasattr(value, "__dict__"):
+        seen.add(id(value))  # objects may refer to each other in circles
+        if isinstance(value, Mapping):
+            value = list(value.values())
+        elif not isinstance(value, (list, tuple, set, frozenset)):
+            value = list(vars(value).values())
         for part in value:
-            yield from tensors(part)
-    elif hasattr(value, "__dict__"):
-        yield from tensors(vars(value))
+            yield from tensors(part, seen)
     else:
         raise AssertionError(f"scheduler: a call gave a {type(value).__name__}, whose tensors cannot be found")
 
 
-def captured(call: Callable[..., Any]) -> tuple[Any, ...]:
+def captured(call: Callable[..., Any], seen: frozenset[int] = frozenset()) -> tuple[Any, ...]:
     """What a call can reach now: the caller may rebind its names, or empty its lists, before the call is through."""
+    seen |= {id(call)}  # functions may capture each other
     if isinstance(call, functools.partial):
-        return (*captured(call.func), *(_kept(value) for value in (*call.args, *call.keywords.values())))
-    found: list[Any] = [getattr(call, "__self__", None)]
-    for cell in getattr(getattr(call, "__func__", call), "__closure__", None) or ():
+        return (*captured(call.func, seen), *(_kept(value) for value in (*call.args, *call.keywords.values())))
+    function = getattr(call, "__func__", call)
+    found = [getattr(call, "__self__", None)]
+    found += [_kept(getattr(function, name, None)) for name in ("__defaults__", "__kwdefaults__")]
+    for cell in getattr(function, "__closure__", None) or ():
         try:
             content = cell.cell_contents
         except ValueError:  # a name that is not bound yet
             continue
-        if callable(content) and hasattr(content, "__closure__") and content is not call:
-            found.extend(captured(content))
         found.append(_kept(content))
+        if isinstance(content, FunctionType) and id(content) not in seen:
+            found.append(captured(content, seen))
     return tuple(found)
 
 
