@@ -132,14 +132,15 @@ def test_virtual_times_are_those_of_the_longest_path(nodes: list[Node], streams:
     # the slow twin: every rule as an explicit predecessor
     issued, ends = 0.0, list[float]()
     for index, ((device, host), node) in enumerate(zip(costs, nodes, strict=True)):
-        issued += host
         lane = scheduler.lane(node.stream)
         before = [ends[i] for i in node.after]
         for other in range(index):
             theirs = scheduler.lane(nodes[other].stream)
             if theirs == lane or (theirs == CALLER and lane != "load"):
                 before.append(ends[other])
-        ends.append(max([issued, *before]) + device)
+        begin = max([issued, *before])
+        issued += host
+        ends.append(max(begin + device, issued))
         if node.stream == "load" and lane == CALLER:
             issued = max(issued, ends[-1])
     assert [done.ticket for done in dones] == ends

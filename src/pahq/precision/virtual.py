@@ -23,8 +23,9 @@ class Cost:
 class VirtualScheduler(Scheduler):
     """A call gives its ``Cost`` here instead of doing its work.
 
-    A call begins when it was issued, its stream is free and everything it comes after has ended. A copy whose
-    stream is folded is synchronous: the host waits for it, as it does for a plain copy. ``finish`` gives the time.
+    A call begins when the host comes to it, its stream is free and everything it comes after has ended; it ends when
+    its work is done, and not before the host has issued all of it. A copy whose stream is folded is synchronous: the
+    host waits for it, as it does for a plain copy. ``finish`` gives the time.
     """
 
     def __init__(self, streams: Sequence[str], trace: Trace | None = None) -> None:
@@ -57,11 +58,11 @@ class VirtualScheduler(Scheduler):
             raise done.error
         if not isinstance(cost, Cost):
             raise AssertionError(f"submit '{done.name}': on a clock alone a call gives its Cost, not {type(cost)}")
-        self.host += cost.host
         begin = max(self.host, self._free[done.lane], *(earlier.ticket for earlier in after))
         if done.lane not in (CALLER, "load"):
             begin = max(begin, self._free[CALLER])
-        end = begin + cost.device
+        self.host += cost.host
+        end = max(begin + cost.device, self.host)
         done.ticket = self._free[done.lane] = end
         if done.stream == "load" and done.lane == CALLER:
             self.host = max(self.host, end)
