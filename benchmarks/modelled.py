@@ -1,4 +1,4 @@
-"""What one pass of the scheduler's benchmark would cost, from stated rates: the sizes, and the work as a model of time."""
+"""What one pass of the scheduler's benchmark would cost, from stated rates: the sizes, and a model of the work."""
 
 from __future__ import annotations
 
