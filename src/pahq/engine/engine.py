@@ -142,7 +142,10 @@ class Engine:
         """
         now = self._now
         assert now is not None
-        self._sharpen_base(states)
+        if -1 in states and self.base_slack:
+            self._set_base(self._base_final, select=False)
+            unchanged = now.final[0] if now.final is not None else len(now.metrics)
+            now.metrics[:unchanged], now.slack[:unchanged] = self.base_metric, 0.0
         if now.final is None:
             return
         first, final = now.final
@@ -161,31 +164,23 @@ class Engine:
         evaluated, again = self._since_rebase
         self.screening &= evaluated < ENOUGH_STATES or again < MOST * evaluated
 
-    def _sharpen_base(self, states: list[int]) -> None:
-        now = self._now
-        if now is not None and -1 in states and self.base_slack:
-            self._set_base(self._base_final, select=False)
-            unchanged = now.final[0] if now.final is not None else len(now.metrics)
-            now.metrics[:unchanged], now.slack[:unchanged] = self.base_metric, 0.0
-
     @torch.no_grad()
-    def refine(self, states: list[int]) -> None:
-        """Evaluates states of the last batch in FP32 over the full vocabulary, in place in what ``evaluate`` gave.
+    def refine(self, states: list[int]) -> dict[int, float]:
+        """Metrics of states of the last batch in FP32 over the full vocabulary.
 
-        A state of -1 is the base, which is FP32 already. Only for policies that quantise differences.
+        Only for policies that quantise differences, whose base state is FP32's own.
         """
         assert self.policy.differences
         now = self._now
         assert now is not None
-        self._sharpen_base(states)
-        wanted = [s for s in states if s >= 0 and s not in self._fine]
+        wanted = [state for state in states if state not in self._fine]
         while wanted:
             part = self._fitting(now.rows.batch.take(wanted))
             some, wanted = wanted[: part.n_states], wanted[part.n_states :]
             fine = self._pass(part, full=True)
             self.exact_states += len(some)
             self._fine |= {state: (fine, index) for index, state in enumerate(some)}
-            now.metrics[some], now.slack[some] = fine.metrics, fine.slack
+        return {state: float(self._fine[state][0].metrics[self._fine[state][1]]) for state in states}
 
     @property
     def batch_overhead(self) -> float:

@@ -19,6 +19,8 @@ from pahq.engine.marks import Marks
 from pahq.engine.reference import ABLATIONS
 from pahq.errors import PahqError
 from pahq.graph import Graph
+from pahq.method.check import Check
+from pahq.method.measure import Measurer
 from pahq.method.speculate import MAX_STATES, Speculator
 from pahq.method.sweep import Sweep, visits
 from pahq.model.transformer import Transformer
@@ -30,11 +32,6 @@ HeadOrder = Literal["descending", "ascending"]
 SenderOrder = Literal["latest", "earliest"]
 BASE_TOLERANCE = 4e-3
 """Slack that the current metric may carry along, as a share of the threshold."""
-ROUGH = 0.5
-"""Slack that a recorded effect may have, as a share of itself or of the threshold, whichever is larger.
-
-Slack is many times the error to be expected, which so stays within a few hundredths.
-"""
 CHECKPOINT_TESTS = 256
 """A checkpoint is due at the end of a visit once so many tests were made since the last one."""
 
@@ -48,6 +45,8 @@ class AcdcOptions:
     absolute: compare |effect| with the threshold instead of the signed effect.
     head_order, sender_order: order in which a receiver's senders are tested.
     split_qkv, direct_edges, split_pos: see ``graph.Graph``.
+    policy: precision, see ``precision.policy``. exact: have every decision that low precision cannot bear taken in
+    FP32, None: under policies that quantise differences (under others it is refused).
     """
 
     threshold: float
@@ -60,7 +59,7 @@ class AcdcOptions:
     direct_edges: bool = True
     split_pos: bool = False
     policy: Policy = FP32
-    exact: bool = False
+    exact: bool | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.threshold):
@@ -73,6 +72,13 @@ class AcdcOptions:
         ):
             if value not in known:
                 raise PahqError(f"{name} '{value}' is unknown; choose one of {', '.join(known)}")
+        if self.exact and not self.policy.differences:
+            why = "is FP32 throughout" if self.policy.is_fp32 else "rounds values, its base state included"
+            raise PahqError(f"exact: policy '{self.policy.name}' {why}; leave --exact out, or take pahq, bf16 or int8")
+
+    @property
+    def escalates(self) -> bool:
+        return self.policy.differences if self.exact is None else self.exact
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class Decision:
     """One tested edge. before, after: the metric with and without it; row, column: its place in the mask.
 
     checkpoint: the sweep can be taken up again right after this decision.
+    refined: measured in FP32 after low precision. error, moved: what ``method.margin`` learned at this decision.
     """
 
     order: int
@@ -89,6 +96,9 @@ class Decision:
     after: float
     kept: bool
     checkpoint: bool = False
+    refined: bool = False
+    error: float | None = None
+    moved: float | None = None
 
     @property
     def effect(self) -> float:
@@ -132,8 +142,12 @@ class Acdc:
         memory_limit: int = MEMORY_LIMIT,
         max_states: int = MAX_STATES,
         screen: bool | None = None,
+        check: bool = False,
     ) -> None:
-        """screen: see ``engine.Engine``. memory_limit (bytes) and max_states bound a batch. Decisions stay the same."""
+        """memory_limit (bytes) and max_states bound a batch; decisions stay the same. screen: see ``engine.Engine``.
+
+        check: evaluate every state in FP32 as well, and count disagreements.
+        """
         self.options = options
         self.graph = Graph(model.config, options.split_qkv, options.direct_edges, options.split_pos)
         self.engine = Engine(
@@ -150,6 +164,8 @@ class Acdc:
         order = visits(self.graph, options.head_order == "ascending", options.sender_order == "earliest")
         self.sweep = Sweep(order, Marks.full(self.graph))
         self.speculator = Speculator(self.graph, options.threshold, options.absolute, max_states)
+        self.measurer = Measurer(self.engine, options.threshold, options.absolute, options.escalates)
+        self.check = Check(self.engine, model, prompts, options) if check else None
         self.decisions: list[Decision] = []
         self._since_checkpoint = 0
         self._kept = self._states = self._wasted = self._batches = 0
@@ -180,11 +196,17 @@ class Acdc:
                 )
             self.sweep.decide(decision.kept)
             self.speculator.decided((decision.row, decision.column), decision.effect)
+            self._learn(decision)
             self._kept += decision.kept
         self.decisions = list(decisions[:usable])
         if usable:
             self.sweep.peek()
-            self.engine.rebase(self.sweep.marks)
+            self._rebase()
+
+    def _rebase(self) -> None:
+        self.engine.rebase(self.sweep.marks)
+        if self.check is not None:
+            self.check.rebase(self.sweep.marks)
 
     def _batch(self) -> list[Decision]:
         """Evaluates one batch of states and takes every decision that it supports."""
@@ -194,61 +216,67 @@ class Acdc:
         metrics, slack = self.engine.evaluate(batch)
         cost = (self.engine.flops.recurring - before) / len(metrics)
         self.speculator.overhead = self.engine.batch_overhead / max(cost, 1.0)
-        self._sharpen(metrics, slack, guesses)
-        base = self.engine.base_metric
+        measured = self.measurer.measure(metrics, slack, guesses, len(self.decisions))
         self._states += len(metrics)
         self._batches += 1
         decided: list[Decision] = []
-        current, at, right = base, -1, True  # metric and state of the current prefix; whether all guesses held
+        at, right = -1, True  # state of the current prefix; whether all guesses held
         visit = self.sweep.at_visit
-        guessed_metric = base
-        for state, after in enumerate(metrics.tolist()):
+        for state, found in enumerate(measured):
             edge, guess = batch.candidates[state], guesses[state]
+            effect = found.after - found.before
             if not right:
-                self.speculator.measured(edge, after - guessed_metric)
+                self.speculator.measured(edge, effect)
                 self._wasted += 1
-            else:
-                keep = self.speculator.keeps(after - current)
-                assert self.sweep.peek() == edge
-                visit = self.sweep.at_visit  # after peek, which passes over dead receivers
-                self.sweep.decide(keep)
-                self.speculator.decided(edge, after - current, guess)
-                decided.append(Decision(len(self.decisions) + len(decided), *edge, current, after, keep))
-                right = keep == guess
-                if not keep:
-                    current, at = after, state
-            if not guess:
-                guessed_metric = after
+                continue
+            keep = self.speculator.keeps(effect)
+            assert self.sweep.peek() == edge
+            visit = self.sweep.at_visit  # after peek, which passes over dead receivers
+            self.sweep.decide(keep)
+            self.speculator.decided(edge, effect, guess)
+            order = len(self.decisions) + len(decided)
+            decided.append(
+                Decision(
+                    order,
+                    *edge,
+                    found.before,
+                    found.after,
+                    keep,
+                    refined=found.refined,
+                    error=found.error,
+                    moved=found.moved,
+                )
+            )
+            right = keep == guess
+            if not keep:
+                at = state
+        if self.check is not None:
+            self.check.batch(batch, decided, at)
         if at >= 0:
-            self.engine.commit(at)
+            self._commit(at, decided, metrics, slack)
         self._since_checkpoint += len(decided)
         if self._since_checkpoint >= CHECKPOINT_TESTS and self.sweep.at_visit != visit:
             self._checkpoint(decided)
         self._kept += sum(decision.kept for decision in decided)
+        for decision in decided:
+            self._learn(decision)
         self.decisions += decided
         return decided
 
-    def _sharpen(self, metrics: np.ndarray, slack: np.ndarray, guesses: list[bool]) -> None:
-        """Has the states evaluated in full on which a decision within its slack of the threshold would rest.
+    def _learn(self, decision: Decision) -> None:
+        """Takes in what a decision tells about low precision's errors; the journal has it for a resumed run."""
+        if decision.error is not None and decision.moved is not None:
+            self.measurer.margin.observe(decision.error, decision.moved)
 
-        Also those of edges that stay, and those whose slack would make the recorded effect rough.
-        """
-        doubtful: set[int] = set()
-        before = -1
-        for state, guess in enumerate(guesses[: len(metrics)]):
-            base, base_slack = (
-                (metrics[before], slack[before]) if before >= 0 else (self.engine.base_metric, self.engine.base_slack)
-            )
-            effect = metrics[state] - base
-            size = abs(effect) if self.options.absolute else effect
-            doubt = slack[state] + base_slack
-            rough = doubt > ROUGH * max(abs(effect), abs(self.options.threshold))
-            if rough or size >= self.options.threshold - doubt:
-                doubtful |= {state, before}
-            if not guess:
-                before = state
-        if doubtful:
-            self.engine.sharpen(sorted(doubtful))
+    def _commit(self, at: int, decided: list[Decision], metrics: np.ndarray, slack: np.ndarray) -> None:
+        """Makes a state the base. Its FP32 metric shows the error of the whole chain that led to it, for nothing."""
+        rough, doubt, moved = float(metrics[at]), float(slack[at]), self.engine.moved
+        steps = [state for state, decision in enumerate(decided[: at + 1]) if not decision.kept]
+        fine = self.engine.commit(at)
+        if fine is not None and self.options.policy.differences and decided[at].error is None:
+            error = max(abs(rough - fine) - doubt - self.engine.base_slack, 0.0)
+            length = float(np.sqrt(np.square(moved[steps]).sum()))
+            decided[at] = replace(decided[at], error=error, moved=length)
 
     def _checkpoint(self, decided: list[Decision]) -> None:
         """From here on nothing depends on how the state was reached, so that a resumed run goes the same way."""
@@ -256,7 +284,7 @@ class Acdc:
         self._since_checkpoint = 0
         self.speculator.reset()
         self.sweep.peek()
-        self.engine.rebase(self.sweep.marks)
+        self._rebase()
 
     def _progress(self, decided: list[Decision]) -> Progress:
         return Progress(
@@ -268,6 +296,20 @@ class Acdc:
             states=self._states,
             wasted=self._wasted,
         )
+
+    def _precision(self) -> dict[str, Any]:
+        """How low precision fared: what was decided in FP32, the error model, and what a check found."""
+        refined = sum(decision.refined for decision in self.decisions)
+        margin = self.measurer.margin
+        found: dict[str, Any] = {
+            "refined": refined,
+            "refined_share": refined / max(1, len(self.decisions)),
+            "exact_states": self.engine.exact_states,
+            "largest_error": margin.error,
+            "error_per_movement": margin.largest,
+            "measured_both_ways": margin.seen,
+        }
+        return found if self.check is None else found | {"check": self.check.figures()}
 
     def _result(self, seconds: float) -> AcdcResult:
         effects = np.full(self.graph.shape, np.nan)
@@ -281,6 +323,7 @@ class Acdc:
             "wasted": self._wasted,
             "batches": self._batches,
             "escalated": self.engine.escalated,
+            "precision": self._precision(),
             "seconds": seconds,
             "flops": dict(self.engine.flops.by_component),
         }

@@ -147,7 +147,7 @@ class MLP:
         return self.write(self.act_on(*self.hidden(rows))).view(x.shape)
 
     def hidden(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Normalised input [n, d] -> the hidden layer [n, d_mlp] before the nonlinearity, and its gate if there is one."""
+        """Normalised input [n, d] -> the hidden layer [n, d_mlp] before the nonlinearity, and its gate if any."""
         gate = None if self.W_gate is None else linear(rows, self.W_gate, self.b_gate)
         return linear(rows, self.W_in, self.b_in), gate
 

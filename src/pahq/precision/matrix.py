@@ -74,11 +74,11 @@ def low_matrix(weight: Tensor, fmt: Format | str) -> LowMatrix:
 def _int_product(x: Tensor, w: Tensor) -> Tensor:
     """int8 [n, k] times int8 [o, k] -> int32 [n, o], exactly."""
     if x.device.type != "cuda":
-        return torch._int_mm(x, w.T)
+        return torch.ops.aten._int_mm(x, w.T)
     n, o = x.shape[0], w.shape[0]
     inner, outer = -x.shape[1] % INT8_ALIGNMENT, -o % INT8_ALIGNMENT
     x = F.pad(x, (0, inner, 0, max(0, INT8_ROWS - n)))
-    return torch._int_mm(x, F.pad(w, (0, inner, 0, outer)).T)[:n, :o]
+    return torch.ops.aten._int_mm(x, F.pad(w, (0, inner, 0, outer)).T)[:n, :o]
 
 
 def _fp8_product(x: Tensor, w: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def _fp8_product(x: Tensor, w: Tensor) -> Tensor:
     if x.device.type == "cuda" and aligned and not e5m2 and torch.cuda.get_device_capability(x.device) >= (8, 9):
         one = torch.ones((), device=x.device)
         # w is stored by output, so that its transpose is the column-major matrix which the kernel wants
-        return torch._scaled_mm(x, w.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=False)
+        return torch.ops.aten._scaled_mm(x, w.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=False)
     return expand(x) @ expand(w).T
 
 

@@ -20,7 +20,7 @@ from pahq.precision.formats import Format, get_format, require
 LINEAR = ("q", "k", "v", "o", "mlp", "unembed")
 """Kinds of weight matrices."""
 ROUNDED = ("embed", "norm", "residual", "softmax", "metric")
-"""Kinds of results that are rounded as values: embeddings, norms' outputs, residual sums, attention patterns, logits."""
+"""Results that are rounded as values: embeddings, norms' outputs, residual sums, attention patterns, logits."""
 KINDS = (*LINEAR, *ROUNDED)
 GROUPS = {"attention": ("q", "k", "v", "o"), "rest": ("mlp", "unembed"), "all": KINDS, "linear": LINEAR}
 """Words that stand for several kinds in a table."""
