@@ -24,6 +24,7 @@ from pahq.errors import PahqError
 from pahq.graph import Graph
 from pahq.model.transformer import Transformer
 from pahq.precision.policy import Policy, get_policy
+from pahq.precision.schedule import Scheduler
 from pahq.task.prompts import Prompts, check_padding
 
 LAUNCH_FLOPS = {"cpu": 1.5e8, "gpu": 5e10}
@@ -67,14 +68,16 @@ class Engine:
         screen: bool | None = None,
         tolerance: float = 0.0,
         policy: Policy | str = "fp32",
+        scheduler: Scheduler | None = None,
     ) -> None:
         """screen: sum over likely tokens where that will do (see ``screen.Screen``); None: for large vocabularies.
 
         tolerance: how much slack the base state's own metric may have. policy: see ``precision.policy``.
+        scheduler: streams that FP32 weights and low-precision products may use; the caller closes it.
         Raises PahqError for padding the model would attend to, and a policy that the device or type cannot bear.
         """
         check_padding(prompts, model.config)
-        self.policy = get_policy(policy)
+        self.policy, self.scheduler = get_policy(policy), scheduler
         self.prompts, self.graph, self.memory_limit, self.tolerance = prompts, graph, memory_limit, tolerance
         self.flops = Flops()
         self.parts: Arithmetics = setup(model, prompts, graph, metric, ablation, screen, self.policy, self.flops)

@@ -25,6 +25,7 @@ from pahq.method.speculate import MAX_STATES, Speculator
 from pahq.method.sweep import Sweep, visits
 from pahq.model.transformer import Transformer
 from pahq.precision.policy import FP32, Policy
+from pahq.precision.schedule import Scheduler
 from pahq.task.metrics import metric_class
 from pahq.task.prompts import Prompts
 
@@ -143,10 +144,11 @@ class Acdc:
         max_states: int = MAX_STATES,
         screen: bool | None = None,
         check: bool = False,
+        scheduler: Scheduler | None = None,
     ) -> None:
         """memory_limit (bytes) and max_states bound a batch; decisions stay the same. screen: see ``engine.Engine``.
 
-        check: evaluate every state in FP32 as well, and count disagreements.
+        check: evaluate every state in FP32 as well, and count disagreements. scheduler: see ``engine.Engine``.
         """
         self.options = options
         self.graph = Graph(model.config, options.split_qkv, options.direct_edges, options.split_pos)
@@ -160,6 +162,7 @@ class Acdc:
             screen,
             BASE_TOLERANCE * abs(options.threshold),
             options.policy,
+            scheduler,
         )
         order = visits(self.graph, options.head_order == "ascending", options.sender_order == "earliest")
         self.sweep = Sweep(order, Marks.full(self.graph))
