@@ -83,7 +83,7 @@ def require(fmt: Format, device: torch.device) -> None:
 
 
 def quantise(x: Tensor, fmt: Format) -> Rounded:
-    """x [..., n, k] float32 -> its rows in ``fmt``. A row with NaN or infinity comes back as NaN."""
+    """x [..., n, k] float32 -> its rows in ``fmt``. Where rows are scaled, one with NaN or infinity becomes NaN."""
     if fmt.name in ("fp32", "tf32"):
         return Rounded(x, None)
     if fmt.largest is None:
@@ -108,8 +108,9 @@ def row_scale(x: Tensor, fmt: Format) -> Tensor:
     largest = x.abs().amax(-1, keepdim=True)
     wanted = largest.clamp(min=TINY) / fmt.largest
     if fmt.storage != torch.int8:
-        _, exponent = torch.frexp(wanted)  # wanted = m * 2^exponent with m < 1: the next power of two above it
-        wanted = torch.ldexp(torch.ones_like(wanted), exponent)
+        # wanted = m * 2^exponent with 1/2 <= m < 1: the least power of two that is not below it
+        mantissa, exponent = torch.frexp(wanted)
+        wanted = torch.ldexp(torch.ones_like(wanted), exponent - (mantissa == 0.5).int())
     return torch.where(torch.isfinite(largest), wanted, float("nan"))
 
 
