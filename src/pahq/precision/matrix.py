@@ -74,7 +74,8 @@ def low_matrix(weight: Tensor, fmt: Format | str) -> LowMatrix:
 def _int_product(x: Tensor, w: Tensor) -> Tensor:
     """int8 [n, k] times int8 [o, k] -> int32 [n, o], exactly."""
     if x.device.type != "cuda":
-        return torch.ops.aten._int_mm(x, w.T)
+        # torch's kernel misreads a matrix of a single row, whose two layouts look alike
+        return x.int() * w.T.int() if x.shape[1] == 1 else torch.ops.aten._int_mm(x, w.T)
     n, o = x.shape[0], w.shape[0]
     inner, outer = -x.shape[1] % INT8_ALIGNMENT, -o % INT8_ALIGNMENT
     x = F.pad(x, (0, inner, 0, max(0, INT8_ROWS - n)))
