@@ -170,6 +170,10 @@ def test_every_option_reaches_the_run(pahq: Pahq, files: Path, tmp_path: Path) -
         "full_vocabulary": True,
         **{flag.removeprefix("no-").replace("-", "_"): not flag.startswith("no-") for flag in flags},
         "pad": True,
+        "policy": "fp32",
+        "under_test": None,
+        "exact": None,
+        "check": False,
     }
 
 

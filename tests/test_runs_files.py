@@ -18,6 +18,7 @@ from pahq.evaluation.circuit import Circuit
 from pahq.files import write_atomic, write_json
 from pahq.graph import Graph
 from pahq.method.acdc import AcdcOptions, Decision, HeadOrder, SenderOrder
+from pahq.precision.policy import UnderTest, get_policy
 from pahq.report import journal
 from pahq.report.config import CHOICES, RunConfig
 from pahq.report.folder import LOCK_FILE, START_FILE, RunFolder
@@ -195,8 +196,10 @@ def test_configuration_offers_what_the_method_knows() -> None:
     assert CHOICES["sender_order"] == get_args(SenderOrder)
     assert {f.name for f in fields(AcdcOptions)} <= {f.name for f in fields(RunConfig)}
     for option in fields(AcdcOptions):
-        if option.name not in ("threshold", "metric"):
+        if option.name not in ("threshold", "metric", "policy"):
             assert option.default == getattr(CONFIG, option.name)
+    assert get_policy(CONFIG.policy) == AcdcOptions(0.1).policy
+    assert CHOICES["under_test"] == get_args(UnderTest)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +216,10 @@ def test_configuration_offers_what_the_method_knows() -> None:
         ("head_order", "up"),
         ("sender_order", "up"),
         ("dtype", "int8"),
+        ("under_test", "mlp"),
+        ("exact", "yes"),
+        ("check", 1),
+        ("policy", 8),
     ],
 )
 def test_impossible_options_are_refused_by_name(option: str, value: Any) -> None:

@@ -83,7 +83,7 @@ def test_the_files_hold_the_circuit_and_its_record(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record == outcome.record
     assert record["config"] == CONFIG.to_dict()
-    assert record["precision"] == "fp32"
+    assert record["precision"]["policy"]["name"] == "fp32"
     assert record["versions"]["torch"] == torch.__version__
     assert record["machine"]["threads"] == 1
     assert record["command"].startswith("pahq.discover(model='object:Transformer', task='object:random'")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from os import PathLike
@@ -20,17 +20,22 @@ from pahq.files import read_json, write_json
 from pahq.graph import Graph
 from pahq.method.acdc import Acdc, AcdcOptions, AcdcResult, Decision, Progress
 from pahq.model import Transformer, load_model
+from pahq.precision.policy import get_policy
+from pahq.precision.schedule import Scheduler
 from pahq.report import identity, machine
 from pahq.report.config import RunConfig
 from pahq.report.folder import RUN_FILE, RunFolder
 from pahq.report.journal import JOURNAL_FILE, Journal
 from pahq.report.journal import cut as cut_journal
 from pahq.report.journal import read as read_journal
+from pahq.report.precision import merged_check, precision_record
 from pahq.report.progress import Watch, watch_for
+from pahq.report.tracing import open_scheduler, trace_path, traced
 from pahq.task import Task, get_task
 from pahq.task.metrics import metric_class
 from pahq.task.prompts import Prompts
 
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
 OBJECT = "object:"
 """Marks a model or task in a record that was given as a Python object, not by name."""
 
@@ -50,6 +55,8 @@ def discover(
     *,
     out: str | PathLike[str] | None = None,
     progress: bool = False,
+    streams: str | None = None,
+    trace: str | PathLike[str] | None = None,
     **options: Any,
 ) -> Circuit:
     """Finds a circuit and returns it.
@@ -59,10 +66,12 @@ def discover(
     threshold: an edge goes if cutting it raises the metric by less than this (in the metric's units).
     out: folder for the run's files; a run that was cut short there goes on, a finished one is loaded.
     progress: show a bar (or a line now and then) on standard error.
+    streams: those of ``load,low,high`` to use, or ``none``; trace: a file for what was done on them, in Chrome's
+        format. The circuit is the same whatever they are.
     options: the other fields of ``RunConfig``: method, metric, n, seed, ablation, absolute, head_order,
         sender_order, split_qkv, direct_edges, split_pos, fold_ln, center_writing, center_unembed,
-        fold_value_biases, pad, task_options, full_vocabulary, device, dtype.
-    Raises PahqError for bad input. Source: Conmy et al. 2023, section 3.
+        fold_value_biases, pad, task_options, full_vocabulary, device, dtype, policy, under_test, exact, check.
+    Raises PahqError for bad input. Source: Conmy et al. 2023, section 3; policies: Wang et al. 2025.
     """
     model_name = model if isinstance(model, str) else f"{OBJECT}{type(model).__name__}"
     if isinstance(model, PathLike):
@@ -73,7 +82,7 @@ def discover(
     except TypeError as error:
         raise PahqError(f"discover: {error}; see the options of RunConfig") from None
     watch = watch_for(quiet=not progress)
-    return execute(config, out, model=model, task=task, watch=watch).circuit
+    return execute(config, out, model=model, task=task, watch=watch, streams=streams, trace=trace).circuit
 
 
 def execute(
@@ -84,26 +93,46 @@ def execute(
     task: str | Task | None = None,
     watch: Watch | None = None,
     command: str | None = None,
+    streams: str | None = None,
+    trace: str | PathLike[str] | None = None,
 ) -> Outcome:
     """Runs, resumes or loads the run that ``config`` describes.
 
     out: its folder, None to write nothing. model, task: objects in place of the names in ``config``.
-    command: what was typed, for the record. Raises PahqError for bad input.
+    command: what was typed, for the record. streams, trace: see ``discover``. Raises PahqError for bad input.
     """
     watch = Watch() if watch is None else watch
     model = config.model if model is None else model
     prompts_of = task if isinstance(task, Task) else get_task(config.task, **_task_options(config))
     config = replace(_absolute(config), metric=_metric(config.metric, prompts_of))
-    with nullcontext() if out is None else RunFolder(out) as folder:
+    options, device = _options(config), _device(config.device)
+    options.policy.require(device, DTYPES[config.dtype])
+    path = trace_path(trace, None if out is None else Path(out))
+    with ExitStack() as stack:
+        scheduler = open_scheduler(device, streams, trace is not None)
+        if scheduler is not None:
+            stack.enter_context(scheduler)
+        folder = None if out is None else stack.enter_context(RunFolder(out))
         if folder is not None:
             folder.check(config)
+            folder.check_policy(config.policy, options.policy.to_dict())
             if folder.finished:
                 return Outcome(Circuit.load(folder.path), read_json(folder.path / RUN_FILE), True)
-        return _Run(config, folder, watch).finish(model, prompts_of, command)
+        return _Run(config, options, folder, watch, scheduler, path).finish(model, prompts_of, command)
 
 
-def resume(out: str | PathLike[str], *, watch: Watch | None = None, command: str | None = None) -> Outcome:
-    """Goes on with the run in ``out``, or loads it if it is finished; raises PahqError if none is there."""
+def resume(
+    out: str | PathLike[str],
+    *,
+    watch: Watch | None = None,
+    command: str | None = None,
+    streams: str | None = None,
+    trace: str | PathLike[str] | None = None,
+) -> Outcome:
+    """Goes on with the run in ``out``, or loads it if it is finished; raises PahqError if none is there.
+
+    The arguments are those of ``execute``.
+    """
     if not Path(out).is_dir():
         raise PahqError(f"{out}: there is no such folder; give the --out of the run to go on with")
     with RunFolder(out, create=False) as folder:
@@ -115,7 +144,7 @@ def resume(out: str | PathLike[str], *, watch: Watch | None = None, command: str
                 f"{out}: the run was started from Python with a {what.removeprefix(OBJECT)} object; "
                 "call pahq.discover with that object and the same out to go on"
             )
-    return execute(config, out, watch=watch, command=command)
+    return execute(config, out, watch=watch, command=command, streams=streams, trace=trace)
 
 
 def _task_options(config: RunConfig) -> dict[str, Any]:
@@ -125,8 +154,17 @@ def _task_options(config: RunConfig) -> dict[str, Any]:
 class _Run:
     """The course of one run in this process."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder | None, watch: Watch) -> None:
-        self.config, self.folder, self.watch = config, folder, watch
+    def __init__(
+        self,
+        config: RunConfig,
+        options: AcdcOptions,
+        folder: RunFolder | None,
+        watch: Watch,
+        scheduler: Scheduler | None,
+        trace: Path | None,
+    ) -> None:
+        self.config, self.options, self.folder, self.watch = config, options, folder, watch
+        self.scheduler, self.trace = scheduler, trace
         self.began, self.started = time.perf_counter(), _now()
         self.earlier = 0.0  # seconds that earlier processes gave to this run
 
@@ -145,43 +183,48 @@ class _Run:
             "source": dict(transformer.source),
         }
         if self.folder is not None:
-            record = self.folder.begin(
-                config, fingerprints, {"command": command, "started": self.started, **self.facts}
-            )
+            facts = {"command": command, "started": self.started, "policy": self.options.policy.to_dict(), **self.facts}
+            record = self.folder.begin(config, fingerprints, facts)
             self._compare_machines(record)
             self.started = record.get("started", self.started)
             command = record.get("command", command)
-        result, spent = self._search(transformer, prompts)
-        watch.say("measuring the circuit …")
-        circuit = Circuit(result.graph, result.mask, result.effects, result.order)
-        figures: dict[str, Any] = {"final_metric": result.metric}
-        assert config.metric is not None
-        figures["validation"] = behaviour(transformer, circuit, task, prompts, config.metric, config.ablation)
-        figures["test"] = (
-            {"missing": no_test}
-            if held_out is None
-            else behaviour(transformer, circuit, task, held_out, config.metric, config.ablation)
-        )
-        circuit.metadata.update({"config": config.to_dict(), "figures": figures})
-        record = {
-            "command": command,
-            "config": config.to_dict(),
-            "precision": {"float32": "fp32", "float64": "fp64"}[config.dtype],
-            "identity": fingerprints,
-            **self.facts,
-            "started": self.started,
-            "finished": _now(),
-            "search": _search_figures(spent, result, transformer),
-            "peak_memory": machine.peak_memory(transformer.device),
-            "total_seconds": self.earlier + time.perf_counter() - self.began,
-        }
-        if self.folder is not None:
-            circuit.save(self.folder.path)
-            write_json(self.folder.path / RUN_FILE, record)  # last: its presence says that the run is finished
-        return Outcome(circuit, record, False)
+        with traced(self.scheduler, self.trace):
+            result, spent, precision = self._search(transformer, prompts)
+            watch.say("measuring the circuit …")
+            circuit = Circuit(result.graph, result.mask, result.effects, result.order)
+            figures = self._figures(transformer, circuit, task, prompts, held_out)
+            figures = {"final_metric": result.metric, **figures}
+            if held_out is None:
+                figures["test"] = {"missing": no_test}
+            circuit.metadata.update({"config": config.to_dict(), "figures": figures})
+            search = _search_figures(spent, result, transformer)
+            record = {
+                "command": command,
+                "config": config.to_dict(),
+                "precision": precision,
+                "identity": fingerprints,
+                **self.facts,
+                "started": self.started,
+                "finished": _now(),
+                "search": search | {"streams": None if self.scheduler is None else list(self.scheduler.streams)},
+                "peak_memory": machine.peak_memory(transformer.device),
+                "total_seconds": self.earlier + time.perf_counter() - self.began,
+            }
+            if self.folder is not None:
+                circuit.save(self.folder.path)
+                write_json(self.folder.path / RUN_FILE, record)  # last: its presence says that the run is finished
+            return Outcome(circuit, record, False)
 
-    def _search(self, model: Transformer, prompts: Prompts) -> tuple[AcdcResult, dict[str, Any]]:
-        """The sweep, journalled where there is a folder. Also the work of all processes that took part."""
+    def _figures(
+        self, model: Transformer, circuit: Circuit, task: Task, prompts: Prompts, held_out: Prompts | None
+    ) -> dict[str, Any]:
+        """How the circuit behaves on the prompts it was chosen on, and on held-out ones if there are any."""
+        metric, ablation = self.options.metric, self.options.ablation
+        splits = {"validation": prompts} | ({} if held_out is None else {"test": held_out})
+        return {name: behaviour(model, circuit, task, part, metric, ablation) for name, part in splits.items()}
+
+    def _search(self, model: Transformer, prompts: Prompts) -> tuple[AcdcResult, dict[str, Any], dict[str, Any]]:
+        """The sweep, journalled where there is a folder; the work of all processes that took part; precision."""
         c = self.config
         graph = Graph(model.config, c.split_qkv, c.direct_edges, c.split_pos)
         decisions: list[Decision] = []
@@ -195,7 +238,15 @@ class _Run:
             cut_journal(path, decisions, before, graph.edge_name)
             self.watch.say(f"going on after {len(decisions):,} decisions")
         start = time.perf_counter()
-        acdc = Acdc(model, prompts, _options(c), screen=False if c.full_vocabulary else None)
+        screen = False if c.full_vocabulary else None
+        acdc = Acdc(model, prompts, self.options, screen=screen, check=c.check, scheduler=self.scheduler)
+        replayed, earlier = len(decisions), before.pop("disagreements", [])
+        told = 0  # disagreements that the journal has
+
+        def checked() -> dict[str, Any] | None:
+            if acdc.check is None:
+                return None
+            return merged_check(earlier, replayed, before.get("check_error", 0.0), acdc.check.figures())
 
         def spent(states: int, wasted: int) -> dict[str, Any]:
             flops = dict(before.get("flops", {}))
@@ -208,13 +259,23 @@ class _Run:
                 "wasted": before.get("wasted", 0) + wasted,
                 "resumes": before.get("resumes", 0),
                 "flops": flops,
+                "exact_states": before.get("exact_states", 0) + acdc.engine.exact_states,
             }
+
+        def news() -> dict[str, Any]:
+            """What the check found since the journal's last line."""
+            nonlocal told
+            if acdc.check is None:
+                return {}
+            fresh, told = acdc.check.disagreements[told:], len(acdc.check.disagreements)
+            largest = max(before.get("check_error", 0.0), acdc.check.largest_error)
+            return {"check_error": largest} | ({"disagreements": fresh} if fresh else {})
 
         with nullcontext() if path is None else closing(Journal(path, graph.edge_name)) as journal:
 
             def on_batch(progress: Progress) -> None:
                 if journal is not None:
-                    journal.append(progress.decisions, spent(progress.states, progress.wasted))
+                    journal.append(progress.decisions, spent(progress.states, progress.wasted) | news())
                 self.watch.update(progress)
 
             self.watch.begin(acdc.options.metric, len(decisions))
@@ -222,7 +283,8 @@ class _Run:
                 result = acdc.run(decisions, on_batch)
             finally:
                 self.watch.end()
-        return result, spent(result.stats["states"], result.stats["wasted"])
+        total = spent(result.stats["states"], result.stats["wasted"])
+        return result, total, precision_record(acdc, result, total["exact_states"], checked())
 
     def _check_places(self, decisions: Sequence[Decision], graph: Graph) -> None:
         for decision in decisions:
@@ -247,18 +309,24 @@ class _Run:
 
 def _options(c: RunConfig) -> AcdcOptions:
     assert c.metric is not None
-    names = ("absolute", "ablation", "head_order", "sender_order", "split_qkv", "direct_edges", "split_pos")
-    return AcdcOptions(threshold=c.threshold, metric=c.metric, **{name: getattr(c, name) for name in names})
+    names = ("absolute", "ablation", "head_order", "sender_order", "split_qkv", "direct_edges", "split_pos", "exact")
+    policy = get_policy(c.policy, c.under_test)
+    given = {name: getattr(c, name) for name in names}
+    return AcdcOptions(threshold=c.threshold, metric=c.metric, policy=policy, **given)
+
+
+def _device(name: str) -> torch.device:
+    """Raises PahqError for a device that is not there."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise PahqError(f"device: '{name}' cannot be used ({reason}); take cpu") from error
 
 
 def _load(model: Any, config: RunConfig, watch: Watch) -> Transformer:
-    """The model in the configuration's type on its device; raises PahqError for a device that is not there."""
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise PahqError(f"device: '{config.device}' cannot be used ({reason}); take cpu") from error
-    dtype = {"float32": torch.float32, "float64": torch.float64}[config.dtype]
+    """The model in the configuration's type on its device."""
+    dtype = DTYPES[config.dtype]
     if isinstance(model, Transformer):
         for option in ("fold_ln", "center_writing", "center_unembed", "fold_value_biases"):
             if getattr(config, option):
@@ -279,9 +347,9 @@ def _load(model: Any, config: RunConfig, watch: Watch) -> Transformer:
 def _absolute(config: RunConfig) -> RunConfig:
     """Files and folders by their whole path, so that a run can be resumed from anywhere."""
     paths = {}
-    for name in ("model", "task"):
+    for name in ("model", "task", "policy"):
         spec = getattr(config, name)
-        # A plain word is a model's or task's name, even where a folder happens to be called the same.
+        # A plain word is a model's, task's or policy's name, even where a folder happens to be called the same.
         if ("/" in spec or "." in spec) and Path(spec).exists():
             paths[name] = str(Path(spec).resolve())
     return replace(config, **paths)

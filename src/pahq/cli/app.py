@@ -54,6 +54,10 @@ def _choice(option: str) -> str:
 
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors (and --json's output).")]
+Streams = Annotated[
+    str | None, typer.Option(help="Streams to use: load,low,high (default: all), some of them, or none.")
+]
+Trace = Annotated[str | None, typer.Option(help="File for a trace of the streams, in Chrome's format.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")]
 
 
@@ -65,7 +69,7 @@ def discover(
     method: Annotated[str, typer.Option(help=_choice("method"))] = "acdc",
     metric: Annotated[str | None, typer.Option(help="kl_div, logit_diff, … (default: the task's own).")] = None,
     out: Annotated[
-        str | None, typer.Option(help="Folder of the run (default: runs/MODEL-TASK-METRIC-THRESHOLD).")
+        str | None, typer.Option(help="Folder of the run (default: runs/MODEL-TASK-METRIC-THRESHOLD[-POLICY]).")
     ] = None,
     n: Annotated[int, typer.Option("--n", "-n", help="Number of prompts.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed that draws the prompts.")] = 0,
@@ -89,6 +93,19 @@ def discover(
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
     dtype: Annotated[str, typer.Option(help=_choice("dtype"))] = "float32",
+    policy: Annotated[
+        str, typer.Option(help="Precision: fp32, bf16, int8, pahq, …, a table such as attention=e4m3, or a .json file.")
+    ] = "fp32",
+    under_test: Annotated[
+        str | None, typer.Option(help=f"Heads under test in FP32: {_choice('under_test')} (default: the policy's).")
+    ] = None,
+    exact: Annotated[
+        bool | None,
+        typer.Option("--exact/--no-exact", help="Decide as FP32 would (default: where the policy allows it)."),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Decide all in FP32 too; report disagreements.")] = False,
+    streams: Streams = None,
+    trace: Trace = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -100,13 +117,18 @@ def discover(
     from pahq.api import execute
     from pahq.report.progress import watch_for
 
-    outcome = _continuable(folder, lambda: execute(config, folder, watch=watch_for(quiet=quiet), command=_typed()))
+    watch = watch_for(quiet=quiet)
+    outcome = _continuable(
+        folder, lambda: execute(config, folder, watch=watch, command=_typed(), streams=streams, trace=trace)
+    )
     _print(outcome, folder, quiet, as_json)
 
 
 @app.command()
 def resume(
     run: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    streams: Streams = None,
+    trace: Trace = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -114,7 +136,10 @@ def resume(
     from pahq.api import resume as resume_run
     from pahq.report.progress import watch_for
 
-    outcome = _continuable(str(run), lambda: resume_run(run, watch=watch_for(quiet=quiet), command=_typed()))
+    watch = watch_for(quiet=quiet)
+    outcome = _continuable(
+        str(run), lambda: resume_run(run, watch=watch, command=_typed(), streams=streams, trace=trace)
+    )
     _print(outcome, str(run), quiet, as_json)
 
 
@@ -137,7 +162,9 @@ def _typed() -> str:
 
 
 def _default_folder(config: RunConfig) -> str:
-    parts = (Path(config.model).stem, Path(config.task).stem, config.metric or "default", f"{config.threshold:g}")
+    parts = [Path(config.model).stem, Path(config.task).stem, config.metric or "default", f"{config.threshold:g}"]
+    if config.policy != "fp32":
+        parts.append(Path(config.policy).stem if config.policy.endswith(".json") else config.policy)
     return str(Path("runs") / re.sub(r"[^\w.-]+", "_", "-".join(parts)))
 
 

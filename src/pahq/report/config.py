@@ -15,6 +15,7 @@ CHOICES = {
     "head_order": ("descending", "ascending"),
     "sender_order": ("latest", "earliest"),
     "dtype": ("float32", "float64"),
+    "under_test": ("none", "sender", "receiver", "both"),
 }
 
 
@@ -29,6 +30,10 @@ class RunConfig:
     task_options: options of the task itself, such as ``{"templates": 8}``; pad is short for one of them.
     full_vocabulary: sum over the whole vocabulary for every state; otherwise states far from the threshold
         are measured by their likely tokens, which changes no decision but rounds their recorded effects.
+    policy: what computes in which format: a name, a table or a file, see ``precision.policy`` (which judges it);
+        under_test: heads of the edge under test that stay FP32, None: the policy's own.
+    exact: have decisions that low precision cannot bear taken in FP32, None: wherever the policy allows it.
+    check: decide everything in FP32 as well, and report disagreements.
     Raises PahqError for a value that no run can have.
     """
 
@@ -55,6 +60,10 @@ class RunConfig:
     full_vocabulary: bool = False
     device: str = "cpu"
     dtype: str = "float32"
+    policy: str = "fp32"
+    under_test: str | None = None
+    exact: bool | None = None
+    check: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.threshold, int | float) or not math.isfinite(self.threshold) or self.threshold < 0:
@@ -65,8 +74,16 @@ class RunConfig:
             raise PahqError(f"seed: {self.seed} lies outside 0 … 2^63 - 1; give one inside")
         for option, allowed in CHOICES.items():
             value = getattr(self, option)
-            if value not in allowed:
+            if value not in allowed and not (option == "under_test" and value is None):
                 raise PahqError(f"{option}: '{value}' is unknown; known: {', '.join(allowed)}")
+        for option, value, known in (
+            ("exact", self.exact, (bool, type(None))),
+            ("check", self.check, (bool,)),
+            ("policy", self.policy, (str,)),
+        ):
+            if not isinstance(value, known):
+                mend = "a name, a table or a file" if option == "policy" else "True or False"
+                raise PahqError(f"{option}: {value!r} is a {type(value).__name__}; give {mend}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

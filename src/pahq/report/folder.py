@@ -99,6 +99,15 @@ class RunFolder:
                 f"{self.path}: holds another run ({difference}); choose another folder, or repeat that run's options"
             )
 
+    def check_policy(self, spec: str, table: dict[str, Any]) -> None:
+        """Raises PahqError if the run in here began under another table; a policy's file may have changed since."""
+        then = (self.start_record() or {}).get("policy", table)
+        if then != table:
+            raise PahqError(
+                f"{self.path}: the policy '{spec}' is no longer what this run began with; "
+                f"bring the old one back ({START_FILE} has its table), or choose another folder"
+            )
+
     def begin(self, config: RunConfig, identity: dict[str, str], facts: dict[str, Any]) -> dict[str, Any]:
         """Writes the start record, or compares with the one that is there, and returns it.
 

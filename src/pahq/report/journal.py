@@ -2,7 +2,8 @@
 
 Lines are handed to the operating system after every batch, so a killed process loses at most the
 batch it was computing, and the line that it was writing. Floats are written in full (``repr``), so
-that they read back bit for bit. A line with ``spent`` records the work done so far.
+that they read back bit for bit. A line with ``spent`` records the work done so far; disagreements that a check
+found (``method.check``) stand in the line of the batch that had them, and are gathered when the journal is read.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ _NUMBERS: dict[str, tuple[type, ...]] = {
     "kept": (bool,),
     "checkpoint": (bool,),
 }
+_OPTIONAL: dict[str, tuple[type, ...]] = {
+    "refined": (bool,),
+    "error": (int, float),
+    "moved": (int, float),
+}
+"""What low precision adds; left out where it has nothing to say."""
 
 
 def to_line(decision: Decision, name: str) -> str:
@@ -41,6 +48,11 @@ def to_line(decision: Decision, name: str) -> str:
         "kept": decision.kept,
         "checkpoint": decision.checkpoint,
     }
+    if decision.refined:
+        facts["refined"] = True
+    for name in ("error", "moved"):
+        if getattr(decision, name) is not None:
+            facts[name] = getattr(decision, name)
     return json.dumps(facts) + "\n"
 
 
@@ -83,6 +95,7 @@ def read(path: Path) -> tuple[list[Decision], dict[str, Any]]:
     """
     decisions: list[Decision] = []
     spent: dict[str, Any] = {}
+    disagreements: list[dict[str, Any]] = []
     if not path.exists():
         return decisions, spent
     with naming(path):
@@ -91,8 +104,9 @@ def read(path: Path) -> tuple[list[Decision], dict[str, Any]]:
     del torn
     for number, line in enumerate(whole, start=1):
         facts = _parse(line)
-        if facts is not None and isinstance(facts.get("spent"), dict):
+        if facts is not None and _is_spent(facts.get("spent")):
             spent = facts["spent"]
+            disagreements += spent.pop("disagreements", [])
             continue
         decision = None if facts is None else _decision(facts)
         if decision is None or decision.order != len(decisions):
@@ -102,7 +116,9 @@ def read(path: Path) -> tuple[list[Decision], dict[str, Any]]:
         decisions.append(decision)
     while decisions and not decisions[-1].checkpoint:
         decisions.pop()
-    return decisions, spent
+    # What was found beyond the last checkpoint will be found again.
+    disagreements = [found for found in disagreements if found["order"] < len(decisions)]
+    return decisions, spent | ({"disagreements": disagreements} if disagreements else {})
 
 
 def cut(path: Path, decisions: Sequence[Decision], spent: dict[str, Any], edge_name: Callable[[int, int], str]) -> None:
@@ -119,9 +135,21 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return facts if isinstance(facts, dict) else None
 
 
+def _is_spent(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    found = value.get("disagreements", [])
+    return isinstance(found, list) and all(isinstance(one, dict) and type(one.get("order")) is int for one in found)
+
+
 def _decision(facts: dict[str, Any]) -> Decision | None:
     """None where a field is missing or of the wrong type (``True`` is no number here)."""
     for name, types in _NUMBERS.items():
         if type(facts.get(name)) not in types:
             return None
-    return Decision(**{name: facts[name] for name in _NUMBERS})
+    there = {name: facts[name] for name in _OPTIONAL if name in facts}
+    if any(type(value) not in _OPTIONAL[name] for name, value in there.items()) or ("error" in there) != (
+        "moved" in there
+    ):
+        return None
+    return Decision(**{name: facts[name] for name in _NUMBERS}, **there)

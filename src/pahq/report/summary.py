@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pahq.evaluation.circuit import Circuit
+from pahq.report import precision
 from pahq.report.progress import as_time
 
 
@@ -27,7 +28,7 @@ def summary(circuit: Circuit, record: dict[str, Any]) -> RenderableType:
         style="bold",
     )
     parts: list[RenderableType] = [title, _size(circuit), _behaviour(circuit, config["metric"]), _work(record)]
-    return Group(*parts, _largest(circuit))
+    return Group(*parts, *precision.screen(record), _largest(circuit))
 
 
 def as_json(circuit: Circuit, record: dict[str, Any]) -> dict[str, Any]:
@@ -37,6 +38,7 @@ def as_json(circuit: Circuit, record: dict[str, Any]) -> dict[str, Any]:
     return {
         **{name: facts[name] for name in names},
         "search": record["search"],
+        "precision": record["precision"],
         "total_seconds": record["total_seconds"],
         "peak_memory": record["peak_memory"],
         "largest_edges": [edge._asdict() for edge in circuit.largest()],
@@ -84,9 +86,16 @@ def _work(record: dict[str, Any]) -> RenderableType:
         f"{search['flops_total'] / 1e12:.3g} TFLOP at {search['flops_per_second'] / 1e9:.3g} GFLOP/s, "
         f"{100 * search['share_of_peak']:.0f} % of this machine's {search['peak_flops_per_second'] / 1e9:.0f}: "
         + _shares(search["flops"]),
-        f"peak memory {record['peak_memory']['host_bytes'] / 2**30:.2f} GiB",
+        f"peak memory {_peak(record['peak_memory'])}",
     ]
     return Text("\n".join(lines))
+
+
+def _peak(peak: dict[str, int]) -> str:
+    host = f"{peak['host_bytes'] / 2**30:.2f} GiB"
+    return (
+        f"{host} on the host, {peak['device_bytes'] / 2**30:.2f} GiB on the device" if "device_bytes" in peak else host
+    )
 
 
 def _shares(flops: dict[str, int]) -> str:
