@@ -48,7 +48,14 @@ class Policy:
         for kind, name in self.formats.items():
             if kind not in KINDS:
                 raise PahqError(f"policy '{self.name}': component '{kind}' is unknown; known: {', '.join(KINDS)}")
-            get_format(name)
+            try:
+                get_format(name)
+            except PahqError as error:
+                raise PahqError(f"policy '{self.name}': {error}") from None
+        if not isinstance(self.others_under_test, bool):
+            raise PahqError(
+                f"policy '{self.name}': others_under_test is {self.others_under_test!r}; give true or false"
+            )
         for what, value, known in (
             ("quantised", self.quantised, get_args(Quantised)),
             ("under_test", self.under_test, get_args(UnderTest)),
