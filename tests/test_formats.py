@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from itertools import pairwise
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ def test_nearest_value_ties_to_even(name: str, seed: int) -> None:
 def test_every_code_and_every_tie(name: str, scale: float) -> None:
     """All numbers of a format, all halves between neighbours, and what lies next to those halves."""
     rungs = LADDERS[name]
-    halves = [(a + b) / 2 for a, b in zip(rungs, rungs[1:], strict=False)]
+    halves = [(a + b) / 2 for a, b in pairwise(rungs)]
     sizes = torch.tensor([*rungs, *halves], dtype=torch.float64).float()
     sizes = torch.cat((sizes, torch.nextafter(sizes, sizes + 1), torch.nextafter(sizes, sizes - 1)))
     sizes = sizes.clamp(-rungs[-1], rungs[-1])
@@ -273,11 +274,11 @@ def test_exact_formats_change_nothing() -> None:
 
 
 def test_errors_name_the_format() -> None:
-    with pytest.raises(PahqError, match="^format 'fp4' is unknown; choose one of fp32, "):
+    with pytest.raises(PahqError, match=r"^format 'fp4' is unknown; choose one of fp32, "):
         get_format("fp4")
-    with pytest.raises(PahqError, match="^format 'tf32': cpu has no TF32"):
+    with pytest.raises(PahqError, match=r"^format 'tf32': cpu has no TF32"):
         require(FORMATS["tf32"], CPU)
-    with pytest.raises(PahqError, match="^format 'e4m3': mps devices cannot hold it"):
+    with pytest.raises(PahqError, match=r"^format 'e4m3': mps devices cannot hold it"):
         require(FORMATS["e4m3"], torch.device("mps"))
     for name in ("fp32", "bf16", "e4m3", "e5m2", "int8"):
         require(FORMATS[name], CPU)
