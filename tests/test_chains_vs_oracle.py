@@ -1,0 +1,127 @@
+"""Chains of differences against the plain algorithm: with exact products both must take the same decisions.
+
+The products of differences are forced to FP32 (or FP64), so that only the bookkeeping of chains is left: parents,
+tips, sums, direct edges, heads under test, the base state that goes on from a batch to the next.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+
+from pahq.engine import batch as batch_module
+from pahq.engine import chain
+from pahq.method import acdc
+from pahq.method.acdc import Acdc, AcdcOptions
+from pahq.precision.policy import Policy, UnderTest
+from random_models import Case, cases, drawn
+from test_engine_vs_oracle import compare, features_of, sequential, threshold_for
+
+UNDER: tuple[UnderTest, ...] = ("none", "sender", "receiver", "both")
+
+
+@dataclass(frozen=True)
+class Forced(Policy):
+    """A policy of FP32 products that are made of differences all the same."""
+
+    @property
+    def is_fp32(self) -> bool:
+        return False
+
+    def require(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        """Double precision will do, too."""
+
+
+def chained(case: Case, threshold: float, exact: bool = False, screen: bool = False) -> Acdc:
+    """As ``test_engine_vs_oracle.engine``, over chains; which parts are under test is drawn with the case."""
+    policy = Forced("forced", under_test=UNDER[case.seed // 64 % 4], others_under_test=case.seed // 256 % 2 == 1)
+    assert policy.differences
+    options = AcdcOptions(
+        threshold=threshold,
+        metric=case.metric,
+        ablation=case.ablation,
+        absolute=case.absolute,
+        head_order=case.head_order,
+        sender_order=case.sender_order,
+        policy=policy,
+        exact=exact,
+        **case.graph.options(),
+    )
+    memory = (1 << 30, 50_000)[case.seed % 2]
+    return Acdc(
+        case.model, case.prompts, options, memory_limit=memory, max_states=1 + case.seed // 2 % 32, screen=screen
+    )
+
+
+@pytest.mark.parametrize("few", [False, True], ids=["whole", "pieces"])
+@pytest.mark.parametrize("exact", [False, True], ids=["plain", "exact"])
+def test_double_precision(few: bool, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """few: a node's states are worked on a few at a time, and added one by one."""
+    features: Counter[str] = Counter()
+    decisions = 0
+    if few:
+        monkeypatch.setattr(batch_module, "INPUT_ELEMENTS", 200)
+        monkeypatch.setattr(chain, "LOOP_ELEMENTS", 0)
+
+    @drawn(25 if exact else 45)
+    @given(case=cases())
+    def run(case: Case) -> None:
+        nonlocal decisions
+        threshold = threshold_for(case)
+        expected, result = sequential(case, threshold), chained(case, threshold, exact).run()
+        compare(result.decisions, expected.decisions, atol=1e-8)
+        assert np.array_equal(result.mask, expected.mask)
+        assert result.metric == pytest.approx(expected.metric, abs=1e-8)
+        features.update(features_of(case))
+        decisions += len(expected.decisions)
+
+    run()
+    assert decisions > 1000
+    assert {"grouped", "gated", "parallel", "qk_norm", "joint qkv", "split_pos", "zero", "mean"} <= set(features)
+
+
+def test_single_precision() -> None:
+    noise, decisions = 1e-4, 0
+
+    @drawn(30)
+    @given(case=cases(torch.float32))
+    def run(case: Case) -> None:
+        nonlocal decisions
+        threshold = threshold_for(case)
+        expected, result = sequential(case, threshold), chained(case, threshold).run()
+        sizes = [abs(d.effect) if case.absolute else d.effect for d in expected.decisions]
+        close = [abs(size - threshold) < noise for size in sizes]
+        first = close.index(True) if True in close else len(close)
+        compare(result.decisions[:first], expected.decisions[:first], atol=noise)
+        decisions += first
+
+    run()
+    assert decisions > 300
+
+
+def test_large_vocabulary_and_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over likely tokens, of chained logits; runs that are taken up again."""
+    monkeypatch.setattr(acdc, "CHECKPOINT_TESTS", 7)
+    monkeypatch.setattr("pahq.engine.engine.MOST", 2.0)
+    screened = 0
+
+    @drawn(25)
+    @given(case=cases(vocab=400, metrics=("kl_div", "nll", "match_nll", "greaterthan")))
+    def run(case: Case) -> None:
+        nonlocal screened
+        threshold = threshold_for(case)
+        expected, sweep = sequential(case, threshold), chained(case, threshold, screen=True)
+        result = sweep.run()
+        ours, theirs = ([(d.row, d.column, d.kept) for d in r.decisions] for r in (result, expected))
+        assert ours == theirs
+        again = chained(case, threshold, screen=True).run(replay=result.decisions[: case.seed % len(ours)])
+        assert again.decisions == result.decisions
+        screened += sweep.engine.escalated < result.stats["states"]
+
+    run()
+    assert screened
