@@ -204,13 +204,16 @@ def _summary(circuit: Any, record: dict[str, Any], as_json: bool) -> None:
         raise PahqError(f"run.json or circuit.json: {error} is missing or damaged; run the search anew") from error
 
 
-def _add_tasks() -> None:
+def _add_others() -> None:
+    from pahq.cli.precision import policies, precision_app
     from pahq.cli.tasks import tasks_app
 
     app.add_typer(tasks_app, name="tasks")
+    app.command()(policies)
+    app.add_typer(precision_app, name="precision")
 
 
-_add_tasks()
+_add_others()
 
 
 def main() -> None:

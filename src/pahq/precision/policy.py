@@ -36,6 +36,7 @@ class Policy:
     quantised: ``differences``: every matrix product is carried on in FP32 from one state to the next by a
         low-precision product of their difference. ``values``: inputs themselves are rounded, the paper's way.
     under_test: which heads of the edge under test stay FP32. others_under_test: likewise MLPs that are no heads.
+    heads: (layer, head) whose products stay FP32 whatever is tested. (Norms and sums round as for all others.)
     """
 
     name: str
@@ -43,6 +44,7 @@ class Policy:
     quantised: Quantised = "differences"
     under_test: UnderTest = "none"
     others_under_test: bool = False
+    heads: frozenset[tuple[int, int]] = frozenset()
 
     def __post_init__(self) -> None:
         for kind, name in self.formats.items():
@@ -115,7 +117,7 @@ class Policy:
             "quantised": self.quantised,
             "under_test": self.under_test,
             "others_under_test": self.others_under_test,
-        }
+        } | ({"heads": [f"a{layer}.{head}" for layer, head in sorted(self.heads)]} if self.heads else {})
 
 
 def _of(attention: str, rest: str) -> dict[str, str]:

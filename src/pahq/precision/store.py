@@ -44,8 +44,16 @@ class WeightStore:
         key = (name, layer, index)
         if key not in self._copies:
             weight = self.master(name, layer, index).to(self.device)
-            self._copies[key] = low_matrix(weight, self.policy.format(MATRICES.get(name, name)))
+            exact = self.policy.heads and self._is_high(name, layer, index)
+            self._copies[key] = low_matrix(weight, "fp32" if exact else self.policy.format(MATRICES.get(name, name)))
         return self._copies[key]
+
+    def _is_high(self, name: str, layer: int, index: int) -> bool:
+        """Whether the matrix belongs to a head that the policy holds in FP32 (a group's keys serve several heads)."""
+        if name not in ("q", "k", "v", "o"):
+            return False
+        size = 1 if name in ("q", "o") else self.model.config.group_size
+        return any((layer, head) in self.policy.heads for head in range(index * size, (index + 1) * size))
 
     def master(self, name: str, layer: int = 0, index: int = 0) -> Tensor:
         """The FP32 weight [in, out] itself."""

@@ -1,0 +1,159 @@
+"""The studies behind ``pahq precision``: from options to a folder of figures. ``api`` does the same for circuits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from os import PathLike
+from typing import Any
+
+from pahq import api
+from pahq.evaluation.precision.groups import measure_groups
+from pahq.evaluation.precision.sensitivity import FORMATS, Watcher, measure_sensitivity
+from pahq.evaluation.precision.snr import measure_snr
+from pahq.method.acdc import AcdcOptions, Progress
+from pahq.model.transformer import Transformer
+from pahq.precision.policy import get_policy
+from pahq.report import identity, machine, plots
+from pahq.report.config import RunConfig
+from pahq.report.progress import Watch
+from pahq.report.steps import Steps
+from pahq.report.study import StudyFolder
+from pahq.task import get_task
+from pahq.task.prompts import Prompts
+
+Path = str | PathLike[str]
+
+
+def snr(config: RunConfig, out: Path, edge: str | None = None, **how: Any) -> dict[str, Any]:
+    """``pahq precision snr``: the record, as in ``run.json``; see ``evaluation.precision.snr``.
+
+    config: model, task, metric, n, seed, ablation, device, policy, under_test. how: watch and command, see ``_study``.
+    Raises PahqError for bad input.
+    """
+    policy = get_policy(config.policy, config.under_test)
+
+    def measure(model: Transformer, prompts: Prompts, metric: str, steps: Steps) -> dict[str, Any]:
+        found = measure_snr(model, prompts, metric, config.ablation, policy, edge, lambda what: steps.step(f"{what} …"))
+        return asdict(found)
+
+    facts = {"policy": policy.to_dict(), "options": {"edge": edge}}
+    return _study("snr", config, out, measure, plots.snr, facts, **how)
+
+
+def sensitivity(
+    config: RunConfig,
+    out: Path,
+    kinds: Sequence[str] | None = None,
+    formats: Sequence[str] = FORMATS,
+    quantised: str = "differences",
+    tests: int = 400,
+    budget: str = "0.5x",
+    **how: Any,
+) -> dict[str, Any]:
+    """``pahq precision sensitivity``: the record; see ``evaluation.precision.sensitivity`` for the options.
+
+    config: also threshold and absolute, of the FP32 sweep. Raises PahqError for bad input.
+    """
+
+    def measure(model: Transformer, prompts: Prompts, metric: str, steps: Steps) -> dict[str, Any]:
+        options = AcdcOptions(config.threshold, metric, config.ablation, config.absolute)
+        watcher = _SweepWatcher(steps, metric)
+        found = measure_sensitivity(model, prompts, options, kinds, formats, quantised, tests, budget, watcher)
+        return asdict(found)
+
+    asked = {"kinds": kinds, "formats": list(formats), "quantised": quantised, "tests": tests, "budget": budget}
+    return _study("sensitivity", config, out, measure, plots.sensitivity, {"options": asked}, **how)
+
+
+def groups(
+    config: RunConfig, out: Path, heads: int = 8, tests: int = 64, sizes: Sequence[int] | None = None, **how: Any
+) -> dict[str, Any]:
+    """``pahq precision groups``: the record; see ``evaluation.precision.groups`` for the options.
+
+    config: also threshold, of the decisions that are compared. Raises PahqError for bad input.
+    """
+    policy = get_policy(config.policy, config.under_test)
+
+    def measure(model: Transformer, prompts: Prompts, metric: str, steps: Steps) -> dict[str, Any]:
+        threshold, seed = config.threshold, config.seed
+        found = measure_groups(
+            model, prompts, metric, config.ablation, policy, threshold, heads, tests, seed, sizes, steps.step
+        )
+        return asdict(found)
+
+    facts = {"policy": policy.to_dict(), "options": {"heads": heads, "tests": tests, "sizes": sizes}}
+    return _study("groups", config, out, measure, plots.groups, facts, **how)
+
+
+class _SweepWatcher(Watcher):
+    """Shows the sweep as ``pahq discover`` does, and then the policies one by one."""
+
+    def __init__(self, steps: Steps, metric: str) -> None:
+        self.steps = steps
+        steps.watch.begin(metric)
+        self._swept = False
+
+    def sweep(self, progress: Progress) -> None:
+        self.steps.watch.update(progress)
+
+    def step(self, what: str, done: int, of: int) -> None:
+        if not self._swept:
+            self.steps.watch.end()
+            self._swept = True
+        self.steps.step(what, done, of)
+
+
+def _study(
+    name: str,
+    config: RunConfig,
+    out: Path,
+    measure: Callable[[Transformer, Prompts, str, Steps], dict[str, Any]],
+    plot: Callable[[Any, Any], None],
+    facts: dict[str, Any],
+    *,
+    watch: Watch | None = None,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Loads, measures and writes. watch: told about the course. command: what was typed, for the record."""
+    watch = Watch() if watch is None else watch
+    began, started = time.perf_counter(), api._now()
+    task = get_task(config.task, **api._task_options(config))
+    config = replace(api._absolute(config), metric=api._metric(config.metric, task))
+    assert config.metric is not None
+    get_policy(config.policy, config.under_test).require(api._device(config.device), api.DTYPES[config.dtype])
+    folder = StudyFolder(out, name)
+    try:
+        model = api._load(config.model, config, watch)
+        prompts = task.prompts(model, config.n, config.seed, "validation")
+        steps = Steps(watch)
+        try:
+            figures = measure(model, prompts, config.metric, steps)
+        finally:
+            watch.end()
+            steps.end()
+        used = ("model", "task", "metric", "n", "seed", "ablation", "device", "dtype", "policy", "under_test")
+        used += ("threshold", "absolute", "task_options", "pad")
+        record = {
+            "command": command,
+            "config": {option: getattr(config, option) for option in used},
+            **facts,
+            "identity": {"weights": identity.of_model(model), "prompts": identity.of_prompts(prompts)},
+            "versions": machine.versions(),
+            "commit": machine.commit(),
+            "machine": machine.describe(model.device),
+            "source": dict(model.source),
+            "started": started,
+            "finished": api._now(),
+            "peak_memory": machine.peak_memory(model.device),
+            "total_seconds": time.perf_counter() - began,
+            "figures": figures,
+        }
+        files = folder.write(figures["rows"], plot, record)
+    except BaseException:  # Ctrl-C, too: leaves things as they were
+        folder.discard()
+        raise
+    if len(files) == 2:
+        watch.say(plots.MISSING)
+    return record
