@@ -185,7 +185,8 @@ class BatchPass:
         if step.removed:
             columns = [self.batch.candidates[i][1] for i in step.removed]
             applied = torch.from_numpy(self.batch.applied[begin:end][:, step.removed]).to(x)
-            self.state.differences.subtract(x, applied, columns, step.level)
+            rough = self.state.rough if self.maths.chained else None  # the FP32 state must stay FP32's own
+            (rough or self.state.differences).subtract(x, applied, columns, step.level)
         for sender in step.senders:
             first = max(begin, self.rows["out", sender, 0][0])
             if first < end:

@@ -78,14 +78,15 @@ def setup(
         Screen(computes, flops, unembed) if screen else None,
         rounds_metric,
     )
-    gap = None
+    gap, rough = None, None
     if policy.values:
         heads = exact if policy.sender_under_test else None
         gap = _gap_of_values(graph, clean, reference, nodes, heads, ablation)
     elif policy.differences and not policy.sender_under_test:
-        gap = _gap_of_differences(graph, clean, reference, store, flops)
+        low = _gap_of_differences(graph, clean, reference, store, flops)
+        rough = Differences(graph, clean, reference, spans, nodes, low)
     differences = Differences(graph, clean, reference, spans, nodes, gap)
-    state = State(graph, clean, reference, spans, nodes, differences)
+    state = State(graph, clean, reference, spans, nodes, differences, rough)
     if policy.values:
         fine = exact if policy.receiver_under_test else None
         plain = Arithmetic(

@@ -26,13 +26,21 @@ class State:
 
     Shapes: receiver inputs and MLP outputs [B, P, d], heads before W_O [B, P, dh], at the positions
     of their reach; queries likewise; keys and values [B, stop - start, dh].
+    rough: the senders' differences as chains take them away, where those of ``differences`` are not theirs.
     """
 
     def __init__(
-        self, graph: Graph, clean: Run, reference: Run, spans: Spans, nodes: Nodes, differences: Differences
+        self,
+        graph: Graph,
+        clean: Run,
+        reference: Run,
+        spans: Spans,
+        nodes: Nodes,
+        differences: Differences,
+        rough: Differences | None = None,
     ) -> None:
         self.graph, self.clean, self.reference, self.spans, self.nodes = graph, clean, reference, spans, nodes
-        self.differences = differences
+        self.differences, self.rough = differences, rough
         self.changed: dict[Key, Tensor] = {}
         self._prefix: dict[Key, Tensor] = {}
         self._clean: dict[tuple[str, int, int, Reach], Tensor] = {}
