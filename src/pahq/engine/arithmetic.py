@@ -14,10 +14,10 @@ from torch import Tensor
 
 from pahq.engine.marks import Reach
 from pahq.engine.nodes import Nodes
+from pahq.engine.state import LinearKey, Products
 from pahq.graph import Graph
 from pahq.precision.formats import Format, get_format
 
-Keep = Callable[[int, Reach, tuple[Tensor, Tensor | None]], None]
 EXACT = get_format("fp32")
 Walk = Callable[[slice, Tensor], Tensor]
 """(states counted from the step's first one, their inputs [s, B, P, d]) -> the node's values [s, B, P, …]"""
@@ -45,11 +45,18 @@ class Arithmetic:
     ) -> None:
         self.graph, self.nodes, self.exact, self.others = graph, nodes, exact, others
         self.rounds, self.residual = rounds, residual
+        self._rows_of: dict[tuple[int, int], list[int]] = {}
+        for row, receiver in enumerate(graph.receivers):
+            for head in graph.heads_of(receiver) if receiver.is_attention else ():
+                self._rows_of.setdefault((receiver.layer, head), []).append(row)
+        self.linear: dict[LinearKey, Products] = {}
+        """Of the batch's last state on the spine: products before nonlinearities, from which a chain can go on."""
         self.tested = np.empty(0, dtype=np.int64)
 
     def begin(self, tested: np.ndarray, spine: np.ndarray) -> None:
         """Tells what the states of the next batch test (rows of receivers) and which ones later states build on."""
         self.tested, self.spine = tested, spine
+        self.linear.clear()
 
     def under_test(self, row: int, first: int) -> np.ndarray:
         """bool [S - first]: the states that compute a receiver's own node in FP32."""
@@ -58,12 +65,9 @@ class Arithmetic:
 
     def head_under_test(self, layer: int, head: int, first: int) -> np.ndarray:
         """bool [S - first]: the states that test an input of this head."""
-        rows = [
-            row
-            for row, receiver in enumerate(self.graph.receivers)
-            if receiver.is_attention and receiver.layer == layer and head in self.graph.heads_of(receiver)
-        ]
-        return np.isin(self.tested[first:], rows) & (self.exact is not None)
+        if self.exact is None:
+            return np.zeros(len(self.tested) - first, dtype=bool)
+        return np.isin(self.tested[first:], self._rows_of[layer, head])
 
     def projection(self, row: int, first: int, which: str, index: int, reach: tuple[Reach, Reach]) -> Walk:
         """q, k or v of a receiver. reach: of the receiver's input, and of the value."""
@@ -81,21 +85,13 @@ class Arithmetic:
 
         return walk
 
-    def mlp(self, row: int, first: int, level: Reach, keep: Keep | None = None) -> Walk:
-        """The MLP of a receiver. keep: takes the hidden layer of a batch of one state."""
+    def mlp(self, row: int, first: int, level: Reach) -> Walk:
+        """The MLP of a receiver."""
         layer, under = self.graph.receivers[row].layer, self.under_test(row, first)
 
         def walk(states: slice, x: Tensor) -> Tensor:
-            def kept(hidden: Tensor, gate: Tensor | None) -> None:
-                assert keep is not None
-                shape = (*x.shape[1:-1], -1)
-                keep(row, level, (hidden.view(shape), None if gate is None else gate.view(shape)))
-
             return self._mixed(
-                under[states],
-                x,
-                lambda part: self.nodes.mlp(part, layer, None if keep is None else kept),
-                lambda part: self._exact.mlp(part, layer),
+                under[states], x, lambda part: self.nodes.mlp(part, layer), lambda part: self._exact.mlp(part, layer)
             )
 
         return walk

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pahq.engine.arithmetic import Arithmetic
 from pahq.engine.marks import Marks, Reach, head_column, mlp_column
-from pahq.engine.state import Hidden, Key, State, projections
+from pahq.engine.state import Key, State, projections
 from pahq.graph import Graph
 
 INPUT_ELEMENTS = 1 << 19
@@ -134,15 +134,17 @@ class BatchPass:
     Inputs are made, used and dropped a few states at a time, so that they stay in the cache.
     """
 
-    def __init__(self, state: State, maths: Arithmetic, batch: Batch, keep_hidden: bool = False) -> None:
-        """keep_hidden: of a batch of one state, keeps the hidden layers of MLPs."""
+    def __init__(self, state: State, maths: Arithmetic, batch: Batch) -> None:
         self.state, self.maths, self.nodes, self.batch = state, maths, maths.nodes, batch
         maths.begin(batch.tested_rows, batch.spine)
         self.graph: Graph = state.graph
         self.rows: dict[Key, tuple[int, Tensor]] = {}
         self.steps: list[Step] = []
-        self.hidden: dict[tuple[int, Reach], Hidden] = {}
-        self.keeps_hidden = keep_hidden and batch.n_states == 1
+        on_spine = np.flatnonzero(batch.spine)
+        self.likely = int(on_spine[-1]) if len(on_spine) else batch.n_states - 1
+        """The state that becomes the base if all guesses hold, …"""
+        self.likely_inputs: dict[int, Tensor] = {}
+        """… and its inputs by row."""
         self._written: dict[int, Tensor] = {}
         self._uses: dict[int, int] = {}
 
@@ -160,12 +162,13 @@ class BatchPass:
                 pending = []
             if receiver.kind == "logits":
                 final = self.input(step, step.first, self.batch.n_states)
+                self._keep_likely(step, final, step.first)
                 return step.first, self.state.spans.at_read(final)
             if receiver.is_attention:
                 self._attention_receiver(step)
                 pending.append(step)
             else:
-                walk = self.maths.mlp(step.row, step.first, step.level, self._keep if self.keeps_hidden else None)
+                walk = self.maths.mlp(step.row, step.first, step.level)
                 outputs = [walk(states, x) for states, x in self._inputs(step)]
                 self.rows["out", mlp_column(self.graph, receiver.layer), 0] = (step.first, join(outputs))
             self._let_go(step)
@@ -173,20 +176,16 @@ class BatchPass:
             self._heads(pending)
         return None
 
-    def _keep(self, row: int, level: Reach, hidden: Hidden) -> None:
-        self.hidden[row, level] = hidden
-
     def input(self, step: Step, begin: int, end: int) -> Tensor:
         """The receiver's input in the states from ``begin`` to ``end``: [end - begin, B, P, d]."""
-        base = self.state.input(step.row, step.level)
-        x = base.expand(end - begin, *base.shape).clone()
+        return self._input(step, begin, end, self.state.input(step.row, step.level), step.removed)
+
+    def _input(self, step: Step, begin: int, end: int, start: Tensor, removed: list[int]) -> Tensor:
+        """The same from ``start`` [B, P, d], the base's input without the candidates that are not in ``removed``."""
+        x = start.expand(end - begin, *start.shape).clone()
         if not self.maths.residual.is_exact:
             return self._rounded_input(x, step, begin)
-        if step.removed:
-            columns = [self.batch.candidates[i][1] for i in step.removed]
-            applied = torch.from_numpy(self.batch.applied[begin:end][:, step.removed]).to(x)
-            rough = self.state.rough if self.maths.chained else None  # the FP32 state must stay FP32's own
-            (rough or self.state.differences).subtract(x, applied, columns, step.level)
+        self._subtract(x, [i for i in removed if self.batch.applied[begin:end, i].any()], step, begin)
         for sender in step.senders:
             first = max(begin, self.rows["out", sender, 0][0])
             if first < end:
@@ -211,13 +210,35 @@ class BatchPass:
                 x[first - begin :] = sums(x[first - begin :], change)
         return x
 
+    def _subtract(self, x: Tensor, removed: list[int], step: Step, begin: int) -> None:
+        """Takes from x [s, B, P, d] what the states from ``begin`` on lack of the step's candidates."""
+        if removed:
+            columns = [self.batch.candidates[i][1] for i in removed]
+            applied = torch.from_numpy(self.batch.applied[begin : begin + len(x)][:, removed]).to(x)
+            rough = self.state.rough if self.maths.chained else None  # the FP32 state must stay FP32's own
+            (rough or self.state.differences).subtract(x, applied, columns, step.level)
+
     def _inputs(self, step: Step) -> Iterator[tuple[slice, Tensor]]:
         """The receiver's inputs, some states at a time: (states counted from ``step.first``, inputs)."""
+        start, removed = self.state.input(step.row, step.level), step.removed
         tokens = self.state.spans.read.shape[0] * self.state.spans.count(step.level)
         some = max(1, INPUT_ELEMENTS // (tokens * self.nodes.model.config.d_model))
         for begin in range(step.first, self.batch.n_states, some):
             end = min(begin + some, self.batch.n_states)
-            yield slice(begin - step.first, end - step.first), self.input(step, begin, end)
+            if self.maths.residual.is_exact:  # what all states from here on lack is taken away once
+                common = [i for i in removed if self.batch.applied[begin:, i].all()]
+                if common:
+                    removed = [i for i in removed if i not in common]
+                    start = start[None].clone()
+                    self._subtract(start, common, step, begin)
+                    start = start[0]
+            x = self._input(step, begin, end, start, removed)
+            self._keep_likely(step, x, begin)
+            yield slice(begin - step.first, end - step.first), x
+
+    def _keep_likely(self, step: Step, x: Tensor, begin: int) -> None:
+        if begin <= self.likely < begin + len(x):
+            self.likely_inputs[step.row] = x[self.likely - begin].clone()
 
     def _add_change(self, x: Tensor, step: Step, column: int, begin: int, end: int) -> None:
         """Adds to x [end - begin, B, P, d] what a sender writes beyond the base state."""

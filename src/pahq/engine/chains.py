@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from pahq.engine import chain
-from pahq.engine.arithmetic import Arithmetic, Keep, Walk
+from pahq.engine.arithmetic import Arithmetic, Walk
 from pahq.engine.marks import Reach, mlp_column
 from pahq.engine.nodes import Nodes
-from pahq.engine.state import State
+from pahq.engine.state import Products, State
 from pahq.graph import Graph
 from pahq.model.components import linear
+from pahq.precision.formats import Rounded
 from pahq.precision.matrix import LowMatrix
 from pahq.precision.store import WeightStore
 
@@ -40,11 +41,16 @@ class Chains(Arithmetic):
         attn = model.blocks[layer].attn
         weights, bias, norm = attn.parts(which)
         tip = model.attn_input(spans.narrow(self.state.input(row, reach[0]), *reach), layer, which, positions)
+        key = (which, row, index, level)
         if norm is None:
             total = self.state.projected(which, layer, index, level)
         else:  # what is kept of the base state is the norm's output; the sum has to be carried before it
-            total = linear(tip.flatten(0, -2), weights[index], None if bias is None else bias[index])
-            total = total.view(*tip.shape[:-1], -1)
+
+            def make() -> Products:
+                out = linear(tip.flatten(0, -2), weights[index], None if bias is None else bias[index])
+                return (out.view(*tip.shape[:-1], -1),)
+
+            (total,) = self.state.products(key, make)
         matrix, under = self.store.matrix(which, layer, index), self.under_test(row, first)
 
         def walk(states: slice, x: Tensor) -> Tensor:
@@ -53,29 +59,36 @@ class Chains(Arithmetic):
             spine = self._spine(first, states)
             change = chain.deltas(x, tip, spine)
             self.nodes.flops.add("qkv", change.numel() * weights.shape[-1])
-            change = self._product(f"{which}{layer}.{index}", matrix, weights[index], change, under[states])
+            change = self._product(matrix, weights[index], change, under[states])
             tip = chain.last(x, tip, spine)
             if norm is None:
                 change = self.nodes.rotate(change, which, level)
             out = chain.sums(change, total, spine)
             total = chain.last(out, total, spine)
+            if norm is not None and self._is_end(first, states):
+                self.linear[key] = (total.clone(),)
             return out if norm is None else self.nodes.rotate(norm(out), which, level)
 
         return walk
 
-    def mlp(self, row: int, first: int, level: Reach, keep: Keep | None = None) -> Walk:
+    def mlp(self, row: int, first: int, level: Reach) -> Walk:
         layer = self.graph.receivers[row].layer
         block = self.nodes.model.blocks[layer]
         mlp, ln2 = block.mlp, block.ln2
         assert mlp is not None
         assert ln2 is not None
-        low = [
-            self.store.matrix(name, layer)
-            for name in ("mlp_in", "mlp_gate", "mlp_out")
-            if name != "mlp_gate" or mlp.W_gate is not None
-        ]
+        names = ("mlp_in", "mlp_out") if mlp.W_gate is None else ("mlp_in", "mlp_gate", "mlp_out")
+        low = [self.store.matrix(name, layer) for name in names]
         tip = ln2(self.state.input(row, level))
-        hidden, gate = self.state.hidden(row, level)
+        key = ("mlp", row, 0, level)
+
+        def make() -> Products:
+            self.nodes.flops.add("mlp", (len(low) - 1) * tip.numel() * mlp.W_in.shape[1])
+            shape = (*tip.shape[:-1], -1)
+            return tuple(part.view(shape) for part in mlp.hidden(tip.flatten(0, -2)) if part is not None)
+
+        hidden, *gates = self.state.products(key, make)
+        gate = gates[0] if gates else None
         acted = mlp.act_on(hidden, gate)
         out = self.state.output(mlp_column(self.graph, layer), level)
         under = self.under_test(row, first)
@@ -86,17 +99,19 @@ class Chains(Arithmetic):
             change = chain.deltas(x, tip, spine)
             self.nodes.flops.add("mlp", len(low) * change.numel() * mlp.W_in.shape[1])
             tip = chain.last(x, tip, spine)
-            name = f"mlp{layer}"
-            here = chain.sums(self._product(name, low[0], mlp.W_in, change, exact), hidden, spine)
-            hidden, gates = chain.last(here, hidden, spine), None
+            encoded = None if exact.any() else low[0].encode(change.flatten(0, -2))
+            here = chain.sums(self._product(low[0], mlp.W_in, change, exact, encoded), hidden, spine)
+            hidden, opened = chain.last(here, hidden, spine), None
             if mlp.W_gate is not None and gate is not None:
-                gates = chain.sums(self._product(name, low[1], mlp.W_gate, change, exact), gate, spine)
-                gate = chain.last(gates, gate, spine)
-            here = mlp.act_on(here, gates)
+                opened = chain.sums(self._product(low[1], mlp.W_gate, change, exact, encoded), gate, spine)
+                gate = chain.last(opened, gate, spine)
+            here = mlp.act_on(here, opened)
             change = chain.deltas(here, acted, spine)
             acted = chain.last(here, acted, spine)
-            written = chain.sums(self._product(name, low[-1], mlp.W_out, change, exact), out, spine)
+            written = chain.sums(self._product(low[-1], mlp.W_out, change, exact), out, spine)
             out = chain.last(written, out, spine)
+            if self._is_end(first, states):
+                self.linear[key] = tuple(part.clone() for part in (hidden, gate) if part is not None)
             return written
 
         return walk
@@ -107,17 +122,25 @@ class Chains(Arithmetic):
         self.nodes.flops.add("out", change.numel() * self.nodes.model.config.d_model)
         weight = self.nodes.model.blocks[layer].attn.W_O[head]
         under = self.head_under_test(layer, head, first)
-        change = self._product(f"o{layer}.{head}", self.store.matrix("o", layer, head), weight, change, under)
+        change = self._product(self.store.matrix("o", layer, head), weight, change, under)
         return chain.sums(change, torch.zeros_like(change[0]), spine)
+
+    def _is_end(self, first: int, states: slice) -> bool:
+        return first + states.stop == len(self.spine)
 
     def _spine(self, first: int, states: slice) -> list[bool]:
         return self.spine[first + states.start : first + states.stop].tolist()
 
-    def _product(self, name: str, low: LowMatrix, weight: Tensor, change: Tensor, under: np.ndarray) -> Tensor:
-        """Differences [s, B, P, k] times a matrix -> [s, B, P, o], in FP32 where the head is under test."""
+    def _product(
+        self, low: LowMatrix, weight: Tensor, change: Tensor, under: np.ndarray, encoded: Rounded | None = None
+    ) -> Tensor:
+        """Differences [s, B, P, k] times a matrix -> [s, B, P, o], in FP32 where the head is under test.
+
+        encoded: the differences in the matrix's format, if they are at hand.
+        """
 
         def rough(part: Tensor) -> Tensor:
-            return low.multiply(part)
+            return low.multiply(part) if encoded is None else low.product(encoded).view(*part.shape[:-1], -1)
 
         def fine(part: Tensor) -> Tensor:
             return (part.reshape(-1, part.shape[-1]) @ weight).view(*part.shape[:-1], -1)

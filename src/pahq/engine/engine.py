@@ -6,7 +6,7 @@ single states can be evaluated again in FP32; one that quantises values computes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from pahq.engine.marks import Marks
 from pahq.engine.rebase import Rebase
 from pahq.engine.setup import Arithmetics, setup
 from pahq.engine.spans import gather
-from pahq.engine.state import Key
+from pahq.engine.state import Key, State
 from pahq.engine.vocabulary import Chained, VocabularyReadout
 from pahq.errors import PahqError
 from pahq.graph import Graph
@@ -48,6 +48,29 @@ class Evaluated:
     metrics: np.ndarray
     slack: np.ndarray
     moved: np.ndarray
+    chain: Chained | None = None
+
+
+Final = tuple[int, Tensor] | None
+ExactPass = tuple[BatchPass, np.ndarray, Final]
+
+
+@dataclass
+class Lag:
+    """The FP32 state under a policy that quantises differences, which follows the base only when it is asked for.
+
+    edges: those removed from the base since. final, metric: its final residual stream at the read positions (None:
+    the clean one) and its metric, if known. fine: states of the batch evaluated from it, with their place in the pass.
+    """
+
+    state: State
+    edges: list[tuple[int, int]] = field(default_factory=list)
+    final: Tensor | None = None
+    metric: float | None = None
+    fine: dict[int, tuple[BatchPass, np.ndarray, Final, int]] = field(default_factory=dict)
+
+    def forget_batch(self) -> None:
+        self.fine = {}
 
 
 class Engine:
@@ -90,7 +113,7 @@ class Engine:
         self.screening = self.vocabulary.screen is not None
         self._since_rebase = [0, 0]  # states evaluated, and how many of them in full as well
         self._now: Evaluated | None = None
-        self._fine: dict[int, tuple[Evaluated, int]] = {}  # states of the batch evaluated in FP32, too
+        self._lag = Lag(self.state.twin())
         self._set_base(gather(self.state.clean.final, prompts.read), select=True)
 
     @torch.no_grad()
@@ -101,9 +124,9 @@ class Engine:
         alone: what low precision adds to it, only ``refine`` can tell.
         Raises PahqError if a metric is NaN or infinite.
         """
-        batch = self._fitting(batch)
-        self._fine = {}
-        self._now = self._pass(batch, chained=self.policy.differences)
+        batch, steps = self._fitting(batch)
+        self._lag.forget_batch()
+        self._now = self._pass(batch, steps, chained=self.policy.differences)
         self._since_rebase[0] += batch.n_states - (batch.n_states if self._now.final is None else self._now.final[0])
         return self._now.metrics, self._now.slack
 
@@ -116,26 +139,30 @@ class Engine:
         assert self._now is not None
         return self._now.moved
 
-    def _fitting(self, batch: Batch) -> Batch:
-        fits = max(1, int(batch.n_states * self.memory_limit / max(1, self._bytes(plan(self.graph, batch), batch))))
-        return batch.take(slice(0, fits)) if fits < batch.n_states else batch
+    def _fitting(self, batch: Batch) -> tuple[Batch, list[Step]]:
+        """As many of the batch's states as memory has room for, and their plan."""
+        steps = plan(self.graph, batch)
+        fits = max(1, int(batch.n_states * self.memory_limit / max(1, self._bytes(steps, batch))))
+        if fits >= batch.n_states:
+            return batch, steps
+        batch = batch.take(slice(0, fits))
+        return batch, plan(self.graph, batch)
 
-    def _pass(self, batch: Batch, chained: bool = False, full: bool = False) -> Evaluated:
-        rows = BatchPass(self.state, self.parts.chains if chained else self.parts.plain, batch, self.policy.differences)
-        final = rows.run(plan(self.graph, batch))
-        count, read = batch.n_states, None
+    def _pass(self, batch: Batch, steps: list[Step], chained: bool = False) -> Evaluated:
+        rows = BatchPass(self.state, self.parts.chains if chained else self.parts.plain, batch)
+        final = rows.run(steps)
+        count, read, chain = batch.n_states, None, None
         metrics, slack, moved = np.full(count, self.base_metric), np.full(count, self.base_slack), np.zeros(count)
         if final is not None:
             first, values = final
-            chain = None
             if chained:
                 base = self.model.unembed_input(self._base_final)
                 chain = Chained(base, batch.spine[first:].tolist(), self.store)
-            read = self.vocabulary.read(values, full or not self.screening, chain)
+            read = self.vocabulary.read(values, not self.screening, chain)
             metrics[first:] = self.metric(read).cpu().numpy()
             slack[first:], moved[first:] = read.slack, read.moved
         self._check(metrics, batch)
-        return Evaluated(rows, final, read, metrics, slack, moved)
+        return Evaluated(rows, final, read, metrics, slack, moved, chain)
 
     @torch.no_grad()
     def sharpen(self, states: list[int]) -> None:
@@ -158,10 +185,11 @@ class Engine:
         self.escalated += len(states)
         self._since_rebase[1] += len(states)
         rows = torch.tensor([state - first for state in states], device=final.device)
-        read = self.vocabulary.read(final[rows], full=True)
+        chain = None if now.chain is None else replace(now.chain, spine=now.rows.batch.spine[states].tolist())
+        read = self.vocabulary.read(final[rows], full=True, chained=chain)
         now.metrics[states], now.slack[states] = self.metric(read).cpu().numpy(), 0.0
         for state, total in zip(states, read.logsumexp(), strict=True):
-            self._observe(now, state - first, total)
+            self._observe(now.read, state - first, total)
         self._check(now.metrics, now.rows.batch)
         # A screen that most states need to pass twice is a loss: do without until the next rebase.
         evaluated, again = self._since_rebase
@@ -169,21 +197,55 @@ class Engine:
 
     @torch.no_grad()
     def refine(self, states: list[int]) -> dict[int, float]:
-        """Metrics of states of the last batch in FP32 over the full vocabulary.
+        """Metrics of states of the last batch in FP32 over the full vocabulary; -1 is the base.
 
-        Only for policies that quantise differences, whose base state is FP32's own.
+        Only for policies that quantise differences. They leave the FP32 state behind and let it catch up here.
         """
         assert self.policy.differences
-        now = self._now
-        assert now is not None
-        wanted = [state for state in states if state not in self._fine]
+        assert self._now is not None
+        batch, lag = self._now.rows.batch, self._lag
+        if lag.edges:
+            behind = Batch(lag.edges, np.ones((1, len(lag.edges)), dtype=bool), batch.marks)
+            self._adopt_exact(*self._exact_pass(behind), 0)
+        found = {-1: self._exact_metric} if -1 in states else {}
+        wanted = [state for state in states if state >= 0 and state not in lag.fine]
         while wanted:
-            part = self._fitting(now.rows.batch.take(wanted))
+            part, _ = self._fitting(batch.take(wanted))
             some, wanted = wanted[: part.n_states], wanted[part.n_states :]
-            fine = self._pass(part, full=True)
-            self.exact_states += len(some)
-            self._fine |= {state: (fine, index) for index, state in enumerate(some)}
-        return {state: float(self._fine[state][0].metrics[self._fine[state][1]]) for state in states}
+            rows, metrics, final = self._exact_pass(part)
+            lag.fine |= {state: (rows, metrics, final, index) for index, state in enumerate(some)}
+        for state in states:
+            if state >= 0:
+                _, metrics, _, index = lag.fine[state]
+                found[state] = float(metrics[index])
+        return found
+
+    @property
+    def _exact_metric(self) -> float:
+        """Metric of the FP32 state, made when first asked for."""
+        if self._lag.metric is None:
+            final = self._lag.final
+            final = gather(self._lag.state.clean.final, self.prompts.read) if final is None else final
+            self._lag.metric = float(self.metric(self.vocabulary.read(final[None], full=True))[0])
+        return self._lag.metric
+
+    def _exact_pass(self, batch: Batch) -> ExactPass:
+        rows = BatchPass(self._lag.state, self.parts.plain, batch)
+        final = rows.run(plan(self.graph, batch))
+        metrics = np.full(batch.n_states, self._exact_metric)
+        if final is not None:
+            metrics[final[0] :] = self.metric(self.vocabulary.read(final[1], full=True)).cpu().numpy()
+        self.exact_states += batch.n_states
+        self._check(metrics, batch)
+        return rows, metrics, final
+
+    def _adopt_exact(self, rows: BatchPass, metrics: np.ndarray, final: Final, state: int) -> None:
+        lag = self._lag
+        lag.state.update(_changed(rows, state))
+        lag.edges = []
+        lag.metric = float(metrics[state])
+        if final is not None and state >= final[0]:
+            lag.final = final[1][state - final[0]].clone()
 
     @property
     def batch_overhead(self) -> float:
@@ -193,52 +255,53 @@ class Engine:
         return launch + (4 * self.prompts.read.numel() * self.model.W_U.numel() if self.screening else 0)
 
     @torch.no_grad()
-    def commit(self, state: int) -> float | None:
+    def commit(self, state: int) -> None:
         """Makes a state of the last evaluated batch the base.
 
-        Under a policy that quantises differences the new base is evaluated in FP32, and what its metric is then
-        is returned; under one that quantises values it is evaluated with no head under test.
+        Under a policy that quantises differences its values go on as they are, sums of low-precision products,
+        until ``rebase``; under one that quantises values they are evaluated once more with no head under test.
         """
         now = self._now
         assert now is not None
-        found: float | None = None
-        if self.policy.is_fp32:
-            one, index = now, state
-        elif state in self._fine:
-            one, index = self._fine[state]
-            found = float(one.metrics[index])
+        batch = now.rows.batch
+        if self.policy.differences:
+            self._follow(batch, state)
+        if self.policy.values or (self.policy.differences and (state != now.rows.likely or not batch.spine[state])):
+            one = batch.take([state])
+            one.spine = np.ones(1, dtype=bool)
+            if self.policy.values:
+                one.tested = np.full(1, -1)
+            now, state = self._pass(one, plan(self.graph, one), self.policy.differences), 0
+        self._adopt(now, state)
+        self._now = None
+        self._lag.forget_batch()
+
+    def _follow(self, batch: Batch, state: int) -> None:
+        """Moves the FP32 state along, or notes what it is behind by."""
+        fine = self._lag.fine.get(state)
+        if fine is not None and not self._lag.edges:
+            self._adopt_exact(*fine)
         else:
-            batch = now.rows.batch.take([state])
-            batch.tested = np.full(1, -1)
-            one, index = self._pass(batch), 0
-            found = float(one.metrics[0])
-            self.exact_states += self.policy.differences
-        self._adopt(one, index)
-        self._now, self._fine = None, {}
-        return found
+            self._lag.edges += [batch.candidates[i] for i in np.flatnonzero(batch.applied[state])]
 
     def _adopt(self, one: Evaluated, state: int) -> None:
-        changed: dict[Key, Tensor] = {}
-        for step in one.rows.steps:
-            if state >= step.first and (step.removed or step.senders):
-                changed["x", step.row, 0] = one.rows.input(step, state, state + 1)[0]
-        for key, (first, values) in one.rows.rows.items():
-            if state >= first:
-                changed[key] = values[state - first].clone()
-        self.state.update(changed)
-        for (row, level), hidden in one.rows.hidden.items():
-            self.state.keep_hidden(row, level, hidden)
+        chained = self.policy.differences
+        self.state.update(_changed(one.rows, state), self.parts.chains.linear if chained else None)
         self.base_metric, self.base_slack = float(one.metrics[state]), float(one.slack[state])
         if one.final is None or state < one.final[0]:
             return
         first, final = one.final
         self._base_final = final[state - first].clone()
-        moved = 0.0 if one.read is None else float(one.read.slack[state - first])
+        read, at = one.read, state - first
+        if chained:  # the next batch's logits start from these, which the chain's end only comes near
+            read, at = self.vocabulary.read(self._base_final[None], full=not self.screening), 0
+            self.base_metric, self.base_slack = float(self.metric(read)[0]), float(read.slack[0])
+        moved = 0.0 if read is None else float(read.slack[at])
         if moved > self.tolerance:  # also where the metric is known in full: the anchor shall follow
             already = not self.base_slack
             total = self._set_base(self._base_final, select=False)
             if not already and total is not None:
-                self._observe(one, state - first, total)
+                self._observe(read, at, total)
 
     def _set_base(self, final: Tensor, select: bool) -> Tensor | None:
         """Measures a base state in full from its final residual stream [B, P, d] at the read positions.
@@ -254,11 +317,11 @@ class Engine:
         self.base_metric = float(self.metric(read)[0])
         return total
 
-    def _observe(self, one: Evaluated, state: int, total: Tensor) -> None:
-        """Tells the screen the log-sum-exp [B, P] of a state that it had estimated."""
-        if one.read is None or one.read.missed is None or self.vocabulary.screen is None:
+    def _observe(self, read: VocabularyReadout | None, state: int, total: Tensor) -> None:
+        """Tells the screen the log-sum-exp [B, P] of a state of a readout that it had estimated."""
+        if read is None or read.missed is None or self.vocabulary.screen is None:
             return
-        without, estimate = (part[state] for part in one.read.missed)
+        without, estimate = (part[state] for part in read.missed)
         mean = self.vocabulary.mean
         self.vocabulary.screen.observe(float(mean(total - without)), float(mean(estimate)))
 
@@ -281,10 +344,12 @@ class Engine:
     @torch.no_grad()
     def rebase(self, marks: Marks) -> None:
         """The base of ``marks``, computed afresh: a function of the mask alone, free of earlier rounding."""
-        self._now, self._fine = None, {}
+        self._now = None
         self.screening, self._since_rebase = self.vocabulary.screen is not None, [0, 0]
-        final = Rebase(self.state, self.parts.plain, marks).run()
-        self._set_base(self.spans.at_read(final), select=True)
+        final = self.spans.at_read(Rebase(self.state, self.parts.plain, marks).run())
+        self._set_base(final, select=True)
+        self._lag = Lag(self._lag.state, final=final)
+        self._lag.state.become(self.state)
 
     def _bytes(self, steps: list[Step], batch: Batch) -> int:
         """Memory that the values of a batch take: inputs and outputs of what changes, and a working copy.
@@ -297,3 +362,16 @@ class Engine:
         if self.metric.reads_logits:
             elements += states * self.prompts.read.numel() * cfg.d_vocab_out
         return 3 * elements * self.state.clean.final.element_size()
+
+
+def _changed(rows: BatchPass, state: int) -> dict[Key, Tensor]:
+    """What one state of a pass differs in from its base."""
+    changed: dict[Key, Tensor] = {}
+    for step in rows.steps:
+        if state >= step.first and (step.removed or step.senders):
+            known = rows.likely_inputs.get(step.row) if state == rows.likely else None
+            changed["x", step.row, 0] = rows.input(step, state, state + 1)[0] if known is None else known
+    for key, (first, values) in rows.rows.items():
+        if state >= first:
+            changed[key] = values[state - first].clone()
+    return changed

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -66,21 +64,15 @@ class Nodes:
             z = z + _mix(pattern[..., : self.spans.start], v_clean[None])
         return z
 
-    def mlp(self, x: Tensor, layer: int, keep: Callable[[Tensor, Tensor | None], None] | None = None) -> Tensor:
-        """Residual x [S, B, P, d] -> the MLP's output, same shape.
-
-        keep: is given the hidden layer before the nonlinearity and its gate [tokens, d_mlp], if they are few enough.
-        """
+    def mlp(self, x: Tensor, layer: int) -> Tensor:
+        """Residual x [S, B, P, d] -> the MLP's output, same shape."""
         block = self.model.blocks[layer]
         assert block.mlp is not None
         assert block.ln2 is not None
         rows = x.reshape(-1, x.shape[-1])
         self.flops.add("mlp", (3 if block.mlp.W_gate is not None else 2) * rows.numel() * block.mlp.W_in.shape[1])
         if rows.shape[0] <= MLP_TOKENS:
-            hidden = block.mlp.hidden(block.ln2(rows))
-            if keep is not None:
-                keep(*hidden)
-            return block.mlp.write(block.mlp.act_on(*hidden)).view(x.shape)
+            return block.mlp(block.ln2(rows)).view(x.shape)
         out = torch.empty_like(rows)
         for first in range(0, rows.shape[0], MLP_TOKENS):
             part = slice(first, first + MLP_TOKENS)

@@ -76,8 +76,11 @@ class Screen:
 
     def anchor(self, h: Tensor, logits: Tensor) -> Tensor:
         """Makes a state the anchor: h [n, d], logits [n, V] -> its log-sum-exp, float64 [n]."""
-        total = torch.logsumexp(logits.double(), -1)
-        p = (logits - total[:, None].to(logits.dtype)).exp_()
+        largest = logits.amax(-1, keepdim=True)
+        p = (logits - largest).exp_()
+        mass = p.sum(-1, dtype=torch.float64)
+        total = largest.squeeze(-1).double() + mass.log()
+        p /= mass[:, None].to(p.dtype)
         self.h, self.total = h, total
         log_p = logits[:, self.tokens] - total[:, None].to(logits.dtype)
         self.log_bias = log_p - h @ self.columns  # so that log p_v + x_v = log_bias + h' . w_v

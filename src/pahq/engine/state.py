@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from pahq.engine.arithmetic import Arithmetic
 from pahq.engine.differences import Differences
 from pahq.engine.marks import Marks, Reach
 from pahq.engine.nodes import Nodes
@@ -13,12 +15,18 @@ from pahq.engine.reference import Run
 from pahq.engine.spans import Spans
 from pahq.graph import Graph, Receiver
 
+if TYPE_CHECKING:
+    from pahq.engine.arithmetic import Arithmetic
+
 Key = tuple[str, int, int]
 """("x", row, 0): a receiver's input; ("q", layer, head), ("k" or "v", layer, group); ("out", column, 0)."""
-Hidden = tuple[Tensor, Tensor | None]
-"""An MLP's hidden layer before the nonlinearity [B, P, d_mlp], and its gate if it has one."""
-HIDDEN_BYTES = 1 << 30
-"""Memory for hidden layers of the base state; beyond it they are computed when needed."""
+LinearKey = tuple[str, int, int, Reach]
+"""("mlp", row, 0, reach) or ("q", "k" or "v"; row, head or group, reach)."""
+Products = tuple[Tensor, ...]
+"""What a receiver's matrices give before any nonlinearity: an MLP's hidden layer [B, P, d_mlp] and its gate if it has
+one; queries, keys or values [B, P, dh] before their norm."""
+LINEAR_BYTES = 1 << 30
+"""Memory for products of the clean run; beyond it they are computed when needed."""
 
 
 class State:
@@ -44,49 +52,47 @@ class State:
         self.changed: dict[Key, Tensor] = {}
         self._prefix: dict[Key, Tensor] = {}
         self._clean: dict[tuple[str, int, int, Reach], Tensor] = {}
-        self._hidden: dict[tuple[int, Reach], Hidden] = {}
+        self._linear: dict[LinearKey, Products] = {}
 
-    def update(self, changed: dict[Key, Tensor]) -> None:
-        """Takes in values of a new base state."""
-        for kind, row, _ in changed:
-            if kind == "x":
-                self._forget_hidden(row)
+    def twin(self) -> State:
+        """Another state of the same runs, at the clean run."""
+        other = State(self.graph, self.clean, self.reference, self.spans, self.nodes, self.differences)
+        other._prefix, other._clean = self._prefix, self._clean
+        return other
+
+    def update(self, changed: dict[Key, Tensor], linear: dict[LinearKey, Products] | None = None) -> None:
+        """Takes in values of a new base state. linear: products that belong to its inputs, see ``products``."""
+        rows = {row for kind, row, _ in changed if kind == "x"}
+        for key in [key for key in self._linear if key[1] in rows]:
+            del self._linear[key]
         self.changed |= changed
+        if linear is not None:
+            self._linear |= {key: value for key, value in linear.items() if key[1] in rows}
+
+    def become(self, other: State) -> None:
+        """Takes over another state's values; products are computed from them afresh."""
+        self.changed = dict(other.changed)
+        self._linear.clear()
 
     def clear(self) -> None:
         """Back to the clean run."""
         self.changed.clear()
-        self._hidden.clear()
+        self._linear.clear()
+
+    def products(self, key: LinearKey, make: Callable[[], Products]) -> Products:
+        """Products of a receiver's input in the base state; ``make`` computes them where they are not kept."""
+        found = self._linear.get(key)
+        if found is None:
+            found = make()
+            held = sum(part.nbytes for value in self._linear.values() for part in value)
+            if held + sum(part.nbytes for part in found) <= LINEAR_BYTES or ("x", key[1], 0) in self.changed:
+                self._linear[key] = found
+        return found
 
     def input(self, row: int, level: Reach) -> Tensor:
         """A receiver's input in the base state: [B, P, d]."""
         stored = self.changed.get(("x", row, 0))
         return self.spans.take(self.clean.receiver(self.graph.receivers[row]), level) if stored is None else stored
-
-    def hidden(self, row: int, level: Reach) -> Hidden:
-        """The hidden layer of an MLP in the base state; kept until its input changes."""
-        found = self._hidden.get((row, level))
-        if found is None:
-            block = self.nodes.model.blocks[self.graph.receivers[row].layer]
-            assert block.mlp is not None
-            assert block.ln2 is not None
-            x = self.input(row, level)
-            rows = block.ln2(x).flatten(0, -2)
-            self.nodes.flops.add("mlp", (1 if block.mlp.W_gate is None else 2) * rows.numel() * block.mlp.W_in.shape[1])
-            hidden, gate = block.mlp.hidden(rows)
-            found = hidden.view(*x.shape[:-1], -1), None if gate is None else gate.view(*x.shape[:-1], -1)
-            self.keep_hidden(row, level, found)
-        return found
-
-    def keep_hidden(self, row: int, level: Reach, hidden: Hidden) -> None:
-        """Keeps a hidden layer of the base state, if memory allows."""
-        held = sum(h.nbytes * (1 if g is None else 2) for h, g in self._hidden.values())
-        if held + hidden[0].nbytes * (1 if hidden[1] is None else 2) <= HIDDEN_BYTES:
-            self._hidden[row, level] = hidden
-
-    def _forget_hidden(self, row: int) -> None:
-        for level in Reach:
-            self._hidden.pop((row, level), None)
 
     def projected(self, which: str, layer: int, index: int, level: Reach) -> Tensor:
         """q, k or v in the base state, turned by its positions: [B, P, dh]; ``level`` ALL for k and v."""

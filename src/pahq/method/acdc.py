@@ -256,7 +256,7 @@ class Acdc:
         if self.check is not None:
             self.check.batch(batch, decided, at)
         if at >= 0:
-            self._commit(at, decided, metrics, slack)
+            self.engine.commit(at)
         self._since_checkpoint += len(decided)
         if self._since_checkpoint >= CHECKPOINT_TESTS and self.sweep.at_visit != visit:
             self._checkpoint(decided)
@@ -270,16 +270,6 @@ class Acdc:
         """Takes in what a decision tells about low precision's errors; the journal has it for a resumed run."""
         if decision.error is not None and decision.moved is not None:
             self.measurer.margin.observe(decision.error, decision.moved)
-
-    def _commit(self, at: int, decided: list[Decision], metrics: np.ndarray, slack: np.ndarray) -> None:
-        """Makes a state the base. Its FP32 metric shows the error of the whole chain that led to it, for nothing."""
-        rough, doubt, moved = float(metrics[at]), float(slack[at]), self.engine.moved
-        steps = [state for state, decision in enumerate(decided[: at + 1]) if not decision.kept]
-        fine = self.engine.commit(at)
-        if fine is not None and self.options.policy.differences and decided[at].error is None:
-            error = max(abs(rough - fine) - doubt - self.engine.base_slack, 0.0)
-            length = float(np.sqrt(np.square(moved[steps]).sum()))
-            decided[at] = replace(decided[at], error=error, moved=length)
 
     def _checkpoint(self, decided: list[Decision]) -> None:
         """From here on nothing depends on how the state was reached, so that a resumed run goes the same way."""

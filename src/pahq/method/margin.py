@@ -11,7 +11,7 @@ import numpy as np
 
 ENOUGH = 32
 """Effects measured both ways before the margin is relied on."""
-SAFETY = 2.0
+SAFETY = 4.0
 NOISE = 3e-6
 """FP32's rounding noise of an effect, as a share of the metric's size (at least 1)."""
 

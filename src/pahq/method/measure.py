@@ -19,7 +19,7 @@ ROUGH = 0.5
 
 Slack is many times the error to be expected, which so stays within a few hundredths.
 """
-AUDIT = 128
+AUDIT = 64
 """Every so many tests one is measured in FP32 as well, however clear its decision."""
 
 
@@ -53,8 +53,8 @@ class Measurer:
         measured = []
         for state, parent in enumerate(self._parents):
             before, after = self._pair(state)
-            if state in fine and (parent < 0 or parent in fine):
-                exact = (self.engine.base_metric if parent < 0 else fine[parent]), fine[state]
+            if state in fine and parent in fine:
+                exact = fine[parent], fine[state]
                 error, moved = abs((after - before) - (exact[1] - exact[0])), float(self.engine.moved[state])
                 measured.append(Measured(*exact, True, error, moved))
             else:
@@ -97,7 +97,7 @@ class Measurer:
             wanted = self._wanted(guesses, order, fine) - set(fine)
             if not wanted:
                 return fine
-            self.engine.sharpen(sorted(wanted | {self._parents[state] for state in wanted}))
+            self.engine.sharpen(sorted(wanted))
             fine |= self.engine.refine(sorted(wanted))
 
     def _wanted(self, guesses: list[bool], order: int, fine: dict[int, float]) -> set[int]:
@@ -105,14 +105,13 @@ class Measurer:
         wanted: set[int] = set()
         for state, parent in enumerate(self._parents):
             size, doubt = self._size(state), margins[state] + self._doubt(state)
-            known = state in fine and (parent < 0 or parent in fine)
+            known = state in fine and parent in fine
             if known:
-                before = self.engine.base_metric if parent < 0 else fine[parent]
-                size, doubt = fine[state] - before, 0.0
+                size, doubt = fine[state] - fine[parent], 0.0
                 size = abs(size) if self.absolute else size
             near = abs(size - self.threshold) <= doubt
             if not self.margin.ready or (order + state) % AUDIT == 0 or (near and not known):
-                wanted |= {state, parent} - {-1}
+                wanted |= {state, parent}
             elif (not size < self.threshold) != guesses[state]:
                 break  # what comes after a wrong guess is evaluated anew
         return wanted
