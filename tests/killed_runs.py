@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,16 @@ from pahq.report.config import RunConfig
 from pahq.report.journal import JOURNAL_FILE
 from tiny import RandomTask, transformer
 
-CONFIG = RunConfig("object:Transformer", "object:random", 2e-5, metric="kl_div", n=4)
+CONFIG = RunConfig("object:Transformer", "object:random", 0.0, metric="kl_div", n=4)
 
 
-def start(out: Path, model: Any, task: Any) -> int:
+def start(out: Path, model: Any, task: Any, config: RunConfig) -> int:
     """The process id of a child that runs (or resumes) the run in ``out``."""
     child = os.fork()
     if child:
         return child
     try:
-        execute(CONFIG, out, model=model, task=task)
+        execute(config, out, model=model, task=task)
         os._exit(0)
     except BaseException:
         traceback.print_exc()
@@ -42,16 +43,16 @@ def start(out: Path, model: Any, task: Any) -> int:
         os._exit(1)
 
 
-def finish(out: Path, model: Any, task: Any) -> None:
+def finish(out: Path, model: Any, task: Any, config: RunConfig) -> None:
     """Runs to the end; raises RuntimeError if the child failed."""
-    code = os.waitstatus_to_exitcode(os.waitpid(start(out, model, task), 0)[1])
+    code = os.waitstatus_to_exitcode(os.waitpid(start(out, model, task, config), 0)[1])
     if code:
         raise RuntimeError(f"a run in {out} ended with exit code {code}")
 
 
-def kill_after(seconds: float, out: Path, model: Any, task: Any) -> dict[str, Any]:
+def kill_after(seconds: float, out: Path, model: Any, task: Any, config: RunConfig) -> dict[str, Any]:
     """Starts or resumes the run in ``out``, kills it after ``seconds``, and says how far it had come."""
-    child = start(out, model, task)
+    child = start(out, model, task, config)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -63,14 +64,14 @@ def kill_after(seconds: float, out: Path, model: Any, task: Any) -> dict[str, An
     }
 
 
-def main(folder: Path, kills: int) -> None:
+def main(folder: Path, kills: int, policy: str, threshold: float) -> None:
     torch.set_num_threads(1)
     machine.gemm_peak = lambda *_: 1e11  # half a second of every run otherwise
-    model, task = transformer(layers=5, heads=6), RandomTask()
+    given = transformer(layers=5, heads=6), RandomTask(), replace(CONFIG, policy=policy, threshold=threshold)
     seconds = []
     for name in ("whole", "again"):  # the first run of a process is slower
         began = time.monotonic()
-        finish(folder / name, model, task)
+        finish(folder / name, *given)
         seconds.append(time.monotonic() - began)
     draw = random.Random(0)
     moments: list[dict[str, Any]] = []
@@ -78,14 +79,14 @@ def main(folder: Path, kills: int) -> None:
     while len(moments) < kills and len(resumed) < 3 * kills:
         out = folder / f"run{len(resumed)}"
         for _ in range(1 + len(resumed) % 2):  # every other run is killed twice before it may end
-            moment = {"run": out.name, **kill_after(draw.uniform(0, min(seconds)), out, model, task)}
+            moment = {"run": out.name, **kill_after(draw.uniform(0, min(seconds)), out, *given)}
             if moment["killed"]:  # else it had ended before
                 moments.append(moment)
-        finish(out, model, task)
+        finish(out, *given)
         resumed.append((out / TENSOR_FILE).read_bytes().hex())
     whole = (folder / "whole" / TENSOR_FILE).read_bytes().hex()
     print(json.dumps({"whole": whole, "resumed": resumed, "moments": moments}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4]))

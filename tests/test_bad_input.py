@@ -78,11 +78,83 @@ def options(files: Path, **more: object) -> list[object]:
         ("n", 0, "n: 0 prompts are too few"),
         ("n", 10000, "10000"),
         ("seed", -1, "seed: -1 lies outside"),
+        ("policy", "fp4", "policy 'fp4' is unknown; choose one of fp32, bf16, "),
+        ("policy", "mlp=fp4", "format 'fp4' is unknown; choose one of fp32, "),
+        ("policy", "mpl=bf16", "component 'mpl' is unknown; known: q, k, v, o, mlp, "),
+        ("policy", "mlp=bf16,attention", "'attention' is not COMPONENT=FORMAT"),
+        ("policy", "all=bf16", "'all' would round even the metric; write linear=bf16"),
+        ("policy", "vaules:mlp=bf16", "quantised 'vaules' is unknown; choose one of differences, values"),
+        ("policy", "norm=bf16", "'norm' is no matrix product, so its differences cannot be quantised"),
+        ("policy", "linear=tf32", "format 'tf32': cpu has no TF32 arithmetic; use bf16, fp32, or a GPU"),
+        ("policy", "values:linear=tf32", "format 'tf32': cpu has no TF32 arithmetic"),
+        ("policy", "/absent/mine.json", "/absent/mine.json: there is no such file"),
+        ("under_test", "mlp", "under_test: 'mlp' is unknown; known: none, sender, receiver, both"),
+        ("under_test", "sender", "under_test 'sender': policy 'fp32' has no other precision; leave it out"),
+        ("streams", "load,fast", "streams: 'fast' is unknown; give any of load,low,high, or none"),
+        ("streams", "", "streams: '' is unknown"),
+        ("trace", "/absent/trace.json", "trace: there is no folder /absent; make it, or choose another"),
     ],
 )
 def test_option_values(pahq: Pahq, files: Path, option: str, value: object, message: str) -> None:
     assert message in pahq("discover", *options(files, **{option: value})).error
     assert not (files / "run" / "journal.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--exact"], "exact: policy 'fp32' is FP32 throughout; leave --exact out"),
+        (["--exact", "--policy", "pahq-values"], "exact: policy 'pahq-values' rounds values"),
+        (["--exact", "--policy", "rtn"], "exact: policy 'rtn' rounds values"),
+        (["--policy", "pahq", "--dtype", "float64"], "policy 'pahq': mixes low precision with FP32"),
+        (["--policy", "rtn", "--dtype", "float64"], "but the model is in float64; use --dtype float32"),
+    ],
+)
+def test_policies_that_do_not_fit(pahq: Pahq, files: Path, words: list[str], message: str) -> None:
+    assert message in pahq("discover", *options(files), *words).error
+    assert not (files / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "holds a JSON list"),
+        ("{}", "it has no table 'formats'"),
+        ('{"formats": {"mlp": "fp4"}}', "format 'fp4' is unknown"),
+        ('{"formats": {"mpl": "bf16"}}', "component 'mpl' is unknown"),
+        ('{"formats": {"mlp": "bf16"}, "undertest": "both"}', "'undertest' is no field of a policy"),
+        ('{"formats": {"mlp": "bf16"}, "under_test": "mlp"}', "under_test 'mlp' is unknown"),
+        ('{"formats": {"mlp": "bf16"}, "quantised": ["values"]}', "quantised '['values']' is unknown"),
+    ],
+)
+def test_broken_policy_files(pahq: Pahq, files: Path, text: str, message: str) -> None:
+    file = files / "mine.json"
+    file.write_text(text)
+    error = pahq("discover", *options(files, policy=file)).error
+    assert "mine" in error
+    assert message in error
+    assert not (files / "run").exists()
+
+
+def test_policy_file_that_changed(pahq: Pahq, files: Path) -> None:
+    file = files / "mine.json"
+    file.write_text('{"formats": {"mlp": "bf16"}}')
+    assert pahq("discover", *options(files, policy=file), "-q").code == 0
+    (files / "run" / "run.json").unlink()
+    file.write_text('{"formats": {"mlp": "int8"}}')
+    assert "mine.json' is no longer what this run began with" in pahq("resume", files / "run").error
+    file.unlink()
+    assert "mine.json: there is no such file" in pahq("resume", files / "run").error
+
+
+def test_overflow_of_unscaled_fp8(pahq: Pahq, files: Path) -> None:
+    """Activations beyond 448 become NaN; nothing of it is taken for a result."""
+    spoil_weights(files, lambda w: w["transformer.h.1.mlp.c_fc.weight"].mul_(300))
+    error = pahq("discover", *options(files, policy="values:mlp=e4m3-overflow")).error
+    assert "unscaled e4m3 overflows to NaN beyond 448; use e4m3, which is scaled" in error
+    assert not {"run.json", "circuit.json", "circuit.safetensors"} & {e.name for e in (files / "run").iterdir()}
+    assert pahq("discover", *options(files, policy="values:mlp=e4m3", out=files / "scaled"), "-q").code == 0
 
 
 def test_missing_wheel(pahq: Pahq, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,12 +177,34 @@ def test_every_option_reaches_the_run(pahq: Pahq, files: Path, tmp_path: Path) -
     }
 
 
+def test_options_of_precision_reach_the_run(pahq: Pahq, files: Path, tmp_path: Path) -> None:
+    words = ["--policy", "bf16", "--under-test", "sender", "--no-exact", "--check", "--streams", "low,high"]
+    answer = pahq("discover", *options(files), *words, "--trace", tmp_path / "t.json", "--out", tmp_path / "run")
+    assert answer.code == 0, answer.err
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    chosen = {name: record["config"][name] for name in ("policy", "under_test", "exact", "check")}
+    assert chosen == {"policy": "bf16", "under_test": "sender", "exact": False, "check": True}
+    assert record["search"]["streams"] == ["low", "high"]
+    assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    assert "policy bf16" in answer.out
+    shown = json.loads(pahq("show", tmp_path / "run", "--json").out)
+    assert shown["precision"] == record["precision"]
+
+    (tmp_path / "run" / "run.json").unlink()
+    again = pahq("resume", tmp_path / "run", "--streams", "none", "--trace", tmp_path / "again.json", "--quiet")
+    assert again.code == 0, again.err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["search"]["streams"] == []
+    assert (tmp_path / "again.json").exists()
+
+
 def test_the_folder_has_a_name_by_default(
     pahq: Pahq, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert pahq("discover", *options(files), "--quiet").code == 0
     assert (tmp_path / "runs" / "model-prompts-kl_div-0.001" / "run.json").exists()
+    assert pahq("discover", *options(files), "--policy", "values:mlp=bf16", "--quiet").code == 0
+    assert (tmp_path / "runs" / "model-prompts-kl_div-0.001-values_mlp_bf16" / "run.json").exists()
 
 
 def test_a_reader_that_stops_reading_is_no_error(files: Path, tmp_path: Path, pahq: Pahq) -> None:

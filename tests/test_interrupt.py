@@ -14,21 +14,26 @@ import pytest
 
 from tiny import save_model, save_prompts
 
-KILLS = 20
+KILLS = [("fp32", 2e-5, 20), ("pahq", 1e-3, 5)]
+"""Policy, threshold (which sets how long a run takes) and number of kills."""
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def test_runs_killed_at_random_moments_end_in_the_same_circuit(tmp_path: Path) -> None:
-    command = [sys.executable, str(HERE / "killed_runs.py"), str(tmp_path), str(KILLS)]
+@pytest.mark.parametrize(("policy", "threshold", "kills"), KILLS)
+def test_runs_killed_at_random_moments_end_in_the_same_circuit(
+    tmp_path: Path, policy: str, threshold: float, kills: int
+) -> None:
+    script = [str(HERE / "killed_runs.py"), str(tmp_path), str(kills), policy, str(threshold)]
+    command = [sys.executable, *script]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     moments = found["moments"]
-    assert len(moments) >= KILLS
+    assert len(moments) >= kills
     # Most kills must have hit a run in the middle of its search, at different places.
-    assert sum(moment["decisions"] > 0 and not moment["finished"] for moment in moments) >= KILLS // 2, moments
-    assert len({moment["decisions"] for moment in moments}) >= KILLS // 2, moments
+    assert sum(moment["decisions"] > 0 and not moment["finished"] for moment in moments) >= kills // 2, moments
+    assert len({moment["decisions"] for moment in moments}) >= kills // 2, moments
     assert all(circuit == found["whole"] for circuit in found["resumed"]), moments
 
 

@@ -126,16 +126,16 @@ def _check(check: dict[str, Any]) -> Text:
 
 
 def _weights(facts: dict[str, Any]) -> Table:
-    table = Table("weights, MiB", "format", "host", "device", box=None, pad_edge=False)
-    for column in table.columns[2:]:
+    """MiB by component, a column for each format and place."""
+    held = {(one["component"], one["format"], one["place"]): one["bytes"] for one in facts["weights"]}
+    columns = list(dict.fromkeys((fmt, place) for _, fmt, place in held))
+    table = Table("weights, MiB", *(f"{fmt}, {place}" for fmt, place in columns), box=None, pad_edge=False)
+    for column in table.columns[1:]:
         column.justify = "right"
-    for one in facts["weights"]:
-        table.add_row(
-            one["component"],
-            one["format"],
-            *(_mib(one["bytes"]) if one["place"] == place else "" for place in ("host", "device")),
-        )
-    table.add_row("total", "", *(_mib(facts["weight_bytes"][place]) for place in ("host", "device")))
+    for component in dict.fromkeys(component for component, _, _ in held):
+        cells = [held.get((component, *column)) for column in columns]
+        table.add_row(component, *("" if cell is None else _mib(cell) for cell in cells))
+    table.add_row("total", *(_mib(sum(held.get((c, *at), 0) for c in {c for c, _, _ in held})) for at in columns))
     return table
 
 
