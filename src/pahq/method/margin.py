@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 ENOUGH = 32
-"""Effects measured both ways before the margin is relied on."""
+"""Effects measured both ways, and found to differ, before the margin is relied on."""
 SAFETY = 4.0
 NOISE = 3e-6
 """FP32's rounding noise of an effect, as a share of the metric's size (at least 1)."""
@@ -31,7 +31,7 @@ class Margin:
         """Takes in |low-precision effect - FP32 effect| of a state that lies ``moved`` from its parent."""
         self.error = max(self.error, error)
         if moved > 0:
-            self.seen += 1
+            self.seen += error > NOISE  # where nothing was rounded, nothing is told about rounding
             self.largest = max(self.largest, (error - NOISE) / moved)
 
     def of(self, moved: np.ndarray, metric: float) -> np.ndarray:
