@@ -307,7 +307,7 @@ def _show_sensitivity(figures: dict[str, Any]) -> None:
         rows,
         [Column("name", "recommended", left=True), *_agreement(), *cost],
         after="\n".join(tables) + "\nrule: from FP32, always the change that adds least squared error for each byte "
-        "saved, until the budget is met; measured again as a whole",
+        "saved, until the budget is met, then what takes most error away and still fits; measured again as a whole",
     )
 
 

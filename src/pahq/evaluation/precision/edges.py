@@ -47,8 +47,8 @@ def edge_effects(engine: Engine, edges: Sequence[Edge], on_batch: Callable[[int]
     return effects
 
 
-def strong_edge(engine: Engine) -> Edge:
-    """An edge between heads early enough that many layers follow, and strong.
+def strong_edge(engine: Engine) -> tuple[Edge, str]:
+    """An edge between heads early enough that many layers follow, and strong; and how it was chosen, in words.
 
     Of the eight edges from a head into a head of the first half of the layers that change their receiver's input
     most, the one whose removal moves the metric most. (Any addition edge, where a model has none of those.)
@@ -77,4 +77,6 @@ def strong_edge(engine: Engine) -> Edge:
         if len(shortlist) == SHORTLIST:
             break
     chosen = list(shortlist.values())
-    return chosen[int(np.argmax(np.abs(edge_effects(engine, chosen))))]
+    which = "the edges between heads, into the first half of the layers," if early else "all edges"
+    why = f"of {which} that change their receiver's input most, the one whose removal moves the metric most"
+    return chosen[int(np.argmax(np.abs(edge_effects(engine, chosen))))], why

@@ -12,13 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pahq.engine.flops import Flops
 from pahq.engine.reference import Run, reference_run, run
+from pahq.engine.spans import gather
+from pahq.engine.vocabulary import Chained, Vocabulary
 from pahq.graph import Graph, Receiver, Sender
 from pahq.model.components import linear
 from pahq.model.transformer import Transformer
 from pahq.precision.policy import Policy
 from pahq.precision.store import WeightStore
 from pahq.precision.values import rounded_model
+from pahq.task.metrics import Readout
 from pahq.task.prompts import Prompts
 
 Streams = dict[str, Tensor]
@@ -53,10 +57,6 @@ class Pass(ABC):
     @abstractmethod
     def mlp(self, x: Tensor, layer: int) -> Tensor:
         """Normalised input [B, T, d] -> what the MLP adds [B, T, d]."""
-
-    @abstractmethod
-    def logits(self, final: Tensor, at: Tensor) -> Tensor:
-        """Final residual stream [B, T, d] -> logits [B, P, V] at positions [B, P]."""
 
     def streams(self, cut: Cut | None) -> Streams:
         """One pass over the clean prompts, with an edge removed or with none."""
@@ -102,9 +102,6 @@ class ValuePass(Pass):
         mlp = self.model.blocks[layer].mlp
         assert mlp is not None
         return mlp(x)
-
-    def logits(self, final: Tensor, at: Tensor) -> Tensor:
-        return self.model.unembed(_at(final, at))
 
 
 class DifferencePass(Pass):
@@ -152,21 +149,15 @@ class DifferencePass(Pass):
         change = mlp.act_on(now, gate_now) - mlp.act_on(hidden, gate)
         return self.base.mlp[layer] + self._low("mlp_out", layer, 0, change)
 
-    def logits(self, final: Tensor, at: Tensor) -> Tensor:
-        before = self.model.unembed_input(_at(self.base.final, at))
-        change = self.model.unembed_input(_at(final, at)) - before
-        out = before @ self.model.W_U + self._low("unembed", 0, 0, change)
-        return out if self.model.b_U is None else out + self.model.b_U
-
 
 @dataclass(frozen=True)
 class Removal:
-    """What removing an edge does in one arithmetic: streams and logits at the positions read, without and with it."""
+    """What removing an edge does in one arithmetic: streams, and what a metric reads, with the edge and without it."""
 
     full: Streams
     cut: Streams
-    full_logits: Tensor
-    cut_logits: Tensor
+    full_read: Readout
+    cut_read: Readout
 
 
 @torch.no_grad()
@@ -183,18 +174,36 @@ def removal(
     base = run(computes, prompts.clean, graph.split_pos)
     other = reference_run(computes, prompts, ablation, graph.split_pos)
     now, then = base.sender(sender), other.sender(sender)
-    at = prompts.read
+    read = _Reader(computes, prompts, store)
     if policy.differences:
         chained = DifferencePass(model, base, store)
-        rest = chained.streams(Cut(receiver, chained.gap(sender, now - then)))
-        full_logits = ValuePass(model, base).logits(base.final, at)
-        return Removal(_streams_of(base, model), rest, full_logits, chained.logits(rest["final"], at))
-    plain = ValuePass(computes, base)
+        cut = chained.streams(Cut(receiver, chained.gap(sender, now - then)))
+        return Removal(_streams_of(base, model), cut, read(base.final), read(cut["final"], base.final))
     if sender.kind == "head":
         attn = computes.blocks[sender.layer].attn
         now, then = attn.write(now, sender.index), attn.write(then, sender.index)
-    full, rest = plain.streams(None), plain.streams(Cut(receiver, now - then))
-    return Removal(full, rest, plain.logits(full["final"], at), plain.logits(rest["final"], at))
+    plain = ValuePass(computes, base)
+    full, cut = plain.streams(None), plain.streams(Cut(receiver, now - then))
+    return Removal(full, cut, read(full["final"]), read(cut["final"]))
+
+
+class _Reader:
+    """Final residual streams [B, T, d] -> what metrics ask about, answered as the engine does (full vocabulary)."""
+
+    def __init__(self, model: Transformer, prompts: Prompts, store: WeightStore) -> None:
+        self.model, self.prompts, self.store = model, prompts, store
+
+    def __call__(self, final: Tensor, base: Tensor | None = None) -> Readout:
+        """base: the stream whose difference to ``final`` goes through low precision; None: neither does."""
+        model, prompts = self.model, self.prompts
+        x = gather(final, prompts.read)
+        typical = torch.logsumexp(model.unembed(x), -1)
+        weight = prompts.read_mask.double() / prompts.read_mask.sum()
+        rounds = self.store.policy.values and not self.store.policy.format("metric").is_exact
+        chained = None
+        if base is not None:
+            chained = Chained(model.unembed_input(gather(base, prompts.read)), [False], self.store)
+        return Vocabulary(model, typical, weight, Flops(), None, rounds).read(x[None], True, chained)
 
 
 def _streams_of(base: Run, model: Transformer) -> Streams:
@@ -205,8 +214,3 @@ def _streams_of(base: Run, model: Transformer) -> Streams:
         if base.mlp_in:
             found[f"m{layer}"] = base.mlp_in[layer]
     return found | {"final": base.final}
-
-
-def _at(value: Tensor, at: Tensor) -> Tensor:
-    """[B, T, c] at positions [B, P] -> [B, P, c]"""
-    return value[torch.arange(len(value), device=value.device)[:, None], at]

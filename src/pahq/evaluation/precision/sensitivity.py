@@ -195,22 +195,35 @@ def recommend(
     """The formats of the measured kinds that fit into ``limit`` bytes, and the root mean square error to be expected.
 
     Greedy: from FP32, always the change of one kind's format that adds least squared error for each byte saved, until
-    the weights fit; errors of different kinds are taken to be independent, so that their squares add up.
+    the weights fit; then whatever change takes most error away and still fits. Errors of different kinds are taken to
+    be independent, so that their squares add up.
     """
     errors = {(row["kind"], row["format"]): float(row["error_rms"]) ** 2 for row in rows}
-    table: dict[str, str] = {}
+    errors |= {(kind, "fp32"): 0.0 for kind, _ in errors}
+    table = {kind: "fp32" for kind, _ in errors}
 
     def size(formats: dict[str, str]) -> int:
         return table_bytes(model, formats, quantised)
 
+    def added(kind: str, name: str) -> float:
+        return errors[kind, name] - errors[kind, table[kind]]
+
     while (now := size(table)) > limit:
-        moves = []
-        for kind, name in errors:
-            saved = now - size(table | {kind: name})
-            added = errors[kind, name] - (errors[kind, table[kind]] if kind in table else 0.0)
-            if saved > 0:
-                moves.append((added / saved, -saved, kind, name))
-        assert moves  # _check_budget saw that the smallest formats fit
-        *_, kind, name = min(moves)
+        moves = [(now - size(table | {kind: name}), kind, name) for kind, name in errors]
+        # some move is left: it was made sure that the smallest formats fit
+        _, _, kind, name = min(
+            (added(kind, name) / saved, -saved, kind, name) for saved, kind, name in moves if saved > 0
+        )
         table[kind] = name
-    return table, sum(errors[choice] for choice in table.items()) ** 0.5
+    while True:
+        better = [
+            (added(kind, name), kind, name)
+            for kind, name in errors
+            if added(kind, name) < 0 and size(table | {kind: name}) <= limit
+        ]
+        if not better:
+            break
+        _, kind, name = min(better)
+        table[kind] = name
+    error = sum(errors[choice] for choice in table.items()) ** 0.5
+    return {kind: name for kind, name in table.items() if name != "fp32"}, error

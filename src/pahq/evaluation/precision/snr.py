@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from pahq.engine.engine import Engine
+from pahq.engine.setup import round_metric
 from pahq.errors import PahqError
-from pahq.evaluation.behaviour import LogitsReadout
 from pahq.evaluation.precision.edges import Edge, strong_edge
 from pahq.evaluation.precision.passes import Removal, removal
 from pahq.graph import Graph
 from pahq.model.transformer import Transformer
 from pahq.precision.policy import FP32, LINEAR, Policy
-from pahq.task.metrics import get_metric
+from pahq.task.metrics import Metric, get_metric
 from pahq.task.prompts import Prompts, check_padding
 
 
@@ -99,20 +99,16 @@ def measure_snr(
     graph = Graph(model.config)
     if edge is None:
         tell("looking for a strong edge")
-        at = strong_edge(Engine(model, prompts, graph, metric, ablation, screen=False))
-        why = (
-            "of the edges between heads, into the first half of the layers, that change their receiver's input most, "
-            "the one whose removal moves the metric most"
-        )
+        at, why = strong_edge(Engine(model, prompts, graph, metric, ablation, screen=False))
     else:
         at, why = graph.edge(edge), "asked for"
         if at[1] == graph.direct:
             raise PahqError(f"edge '{edge}' is a direct one, which adds nothing to a residual stream; name a sender")
     tell("FP32")
     exact = removal(model, prompts, graph, at, ablation, FP32)
-    measure = get_metric(metric, prompts, exact.full_logits)
+    clean = exact.full_read.logits()[0]  # the metric's reference is FP32's output, whatever the policy
     rows: list[dict[str, Any]] = []
-    effects = {"fp32": _effect(measure, exact)}
+    effects = {"fp32": _effect(get_metric(metric, prompts, clean), exact)}
     real = torch.ones_like(prompts.clean, dtype=torch.bool) if prompts.pad is None else ~prompts.pad
     for one in variants(policy):
         name = name_of(one)
@@ -121,7 +117,10 @@ def measure_snr(
         if not one.is_fp32:
             high = replace(one, heads=one.heads | heads_under_test(graph, at, one))
             low = removal(model, prompts, graph, at, ablation, high)
-        effects[name] = _effect(measure, low)
+        as_used = get_metric(metric, prompts, clean)
+        if one.values and not one.format("metric").is_exact:
+            as_used = round_metric(as_used, one.format("metric"))
+        effects[name] = _effect(as_used, low)
         if not math.isfinite(effects[name]):
             raise PahqError(f"policy '{policy.name}': the metric became {effects[name]}; take scaled formats, or bf16")
         for point, stream in exact.full.items():
@@ -156,6 +155,6 @@ def _read(prompts: Prompts) -> Tensor:
     return where
 
 
-def _effect(measure: Any, removed: Removal) -> float:
-    full, cut = (float(measure(LogitsReadout(logits))[0]) for logits in (removed.full_logits, removed.cut_logits))
+def _effect(measure: Metric, removed: Removal) -> float:
+    full, cut = (float(measure(read)[0]) for read in (removed.full_read, removed.cut_read))
     return cut - full
