@@ -22,7 +22,7 @@ from pahq.report import journal, machine, summary
 from pahq.report.config import RunConfig
 from pahq.report.journal import JOURNAL_FILE
 from pahq.report.precision import merged_check
-from pahq.report.progress import Watch
+from pahq.report.progress import PlainWatch, Watch
 from tiny import RandomTask, transformer
 
 CONFIG = RunConfig("object:Transformer", "object:random", 0.0005, metric="kl_div", n=4)
@@ -90,7 +90,10 @@ def test_the_same_run_twice_leaves_the_same_circuit(tmp_path: Path, policy: str)
     assert found(tmp_path / "one") == found(tmp_path / "two")
 
 
-@pytest.mark.parametrize(("policy", "under_test"), [("pahq", None), ("int8", "both"), ("bf16", "sender")])
+@pytest.mark.parametrize(
+    ("policy", "under_test"),
+    [("pahq", None), ("bf16", None), ("bf16", "receiver"), ("int8", "sender"), ("e4m3", None), (POLICIES[-1], None)],
+)
 def test_exact_runs_find_the_circuit_of_fp32(policy: str, under_test: str | None) -> None:
     exact = run(None, policy=policy, under_test=under_test)
     plain = run(None, policy=policy, under_test=under_test, exact=False)
@@ -296,6 +299,13 @@ def test_an_interrupted_run_leaves_its_trace(tmp_path: Path) -> None:
     run(tmp_path / "run", policy="pahq", trace=trace)
     run(tmp_path / "whole", policy="pahq")
     assert found(tmp_path / "run") == found(tmp_path / "whole")
+
+
+def test_an_empty_trace_is_said(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    run(None, trace=tmp_path / "t.json", watch=PlainWatch(stream))  # all FP32: there is nothing to put on streams
+    assert "nothing ran on the streams" in stream.getvalue()
+    assert json.loads((tmp_path / "t.json").read_text())["otherData"]["spans"] == 0
 
 
 def test_a_finished_run_leaves_no_trace(tmp_path: Path) -> None:

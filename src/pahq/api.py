@@ -188,7 +188,7 @@ class _Run:
             self._compare_machines(record)
             self.started = record.get("started", self.started)
             command = record.get("command", command)
-        with traced(self.scheduler, self.trace):
+        with traced(self.scheduler, self.trace, watch.say):
             result, spent, precision = self._search(transformer, prompts)
             watch.say("measuring the circuit …")
             circuit = Circuit(result.graph, result.mask, result.effects, result.order)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 
@@ -41,8 +41,11 @@ def trace_path(trace: str | PathLike[str] | None, out: Path | None) -> Path | No
 
 
 @contextlib.contextmanager
-def traced(scheduler: Scheduler | None, path: Path | None) -> Iterator[None]:
-    """Writes the scheduler's trace to ``path`` at the end of the block, also when that is interrupted or fails."""
+def traced(scheduler: Scheduler | None, path: Path | None, say: Callable[[str], None]) -> Iterator[None]:
+    """Writes the scheduler's trace to ``path`` at the end of the block, also when that is interrupted or fails.
+
+    say: is told if nothing ran on the streams, as under policies that have no use for them.
+    """
     trace = None if scheduler is None else scheduler.trace
     if trace is None or path is None:
         yield
@@ -54,3 +57,5 @@ def traced(scheduler: Scheduler | None, path: Path | None) -> Iterator[None]:
             trace.write(path)
         raise
     trace.write(path)
+    if not trace.spans():
+        say(f"note: nothing ran on the streams; {path} is an empty trace")
