@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pahq.engine.flops import Flops
 from pahq.engine.reference import Run, reference_run, run
 from pahq.engine.spans import gather
-from pahq.engine.vocabulary import Chained, Vocabulary
+from pahq.evaluation.behaviour import LogitsReadout
 from pahq.graph import Graph, Receiver, Sender
 from pahq.model.components import linear
 from pahq.model.transformer import Transformer
@@ -149,6 +148,14 @@ class DifferencePass(Pass):
         change = mlp.act_on(now, gate_now) - mlp.act_on(hidden, gate)
         return self.base.mlp[layer] + self._low("mlp_out", layer, 0, change)
 
+    def logits(self, final: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Final residual stream [B, T, d] -> logits [B, P, V] at positions [B, P], by FP32 and by low products."""
+        before, now = (self.model.unembed_input(gather(x, at)) for x in (self.base.final, final))
+        low = before @ self.model.W_U + self._low("unembed", 0, 0, now - before)
+        exact = now @ self.model.W_U
+        bias = self.model.b_U
+        return (exact, low) if bias is None else (exact + bias, low + bias)
+
 
 @dataclass(frozen=True)
 class Removal:
@@ -174,36 +181,33 @@ def removal(
     base = run(computes, prompts.clean, graph.split_pos)
     other = reference_run(computes, prompts, ablation, graph.split_pos)
     now, then = base.sender(sender), other.sender(sender)
-    read = _Reader(computes, prompts, store)
     if policy.differences:
         chained = DifferencePass(model, base, store)
         cut = chained.streams(Cut(receiver, chained.gap(sender, now - then)))
-        return Removal(_streams_of(base, model), cut, read(base.final), read(cut["final"], base.final))
+        exact, low = chained.logits(cut["final"], prompts.read)
+        full_read = LogitsReadout(model.unembed(gather(base.final, prompts.read)))
+        return Removal(_streams_of(base, model), cut, full_read, _DifferenceReadout(exact, low))
     if sender.kind == "head":
         attn = computes.blocks[sender.layer].attn
         now, then = attn.write(now, sender.index), attn.write(then, sender.index)
     plain = ValuePass(computes, base)
     full, cut = plain.streams(None), plain.streams(Cut(receiver, now - then))
-    return Removal(full, cut, read(full["final"]), read(cut["final"]))
+    reads = [LogitsReadout(computes.unembed(gather(streams["final"], prompts.read))) for streams in (full, cut)]
+    return Removal(full, cut, reads[0], reads[1])
 
 
-class _Reader:
-    """Final residual streams [B, T, d] -> what metrics ask about, answered as the engine does (full vocabulary)."""
+class _DifferenceReadout(LogitsReadout):
+    """As the engine has it: single logits and fixed sums of them in FP32, sums over the vocabulary in low precision."""
 
-    def __init__(self, model: Transformer, prompts: Prompts, store: WeightStore) -> None:
-        self.model, self.prompts, self.store = model, prompts, store
+    def __init__(self, exact: Tensor, low: Tensor) -> None:
+        super().__init__(exact)
+        self._low = LogitsReadout(low)
 
-    def __call__(self, final: Tensor, base: Tensor | None = None) -> Readout:
-        """base: the stream whose difference to ``final`` goes through low precision; None: neither does."""
-        model, prompts = self.model, self.prompts
-        x = gather(final, prompts.read)
-        typical = torch.logsumexp(model.unembed(x), -1)
-        weight = prompts.read_mask.double() / prompts.read_mask.sum()
-        rounds = self.store.policy.values and not self.store.policy.format("metric").is_exact
-        chained = None
-        if base is not None:
-            chained = Chained(model.unembed_input(gather(base, prompts.read)), [False], self.store)
-        return Vocabulary(model, typical, weight, Flops(), None, rounds).read(x[None], True, chained)
+    def logsumexp(self) -> Tensor:
+        return self._low.logsumexp()
+
+    def logits(self) -> Tensor:
+        return self._low.logits()
 
 
 def _streams_of(base: Run, model: Transformer) -> Streams:
