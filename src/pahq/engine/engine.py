@@ -19,7 +19,7 @@ from pahq.engine.rebase import Rebase
 from pahq.engine.setup import Arithmetics, setup
 from pahq.engine.spans import gather
 from pahq.engine.state import Key, State
-from pahq.engine.vocabulary import Chained, VocabularyReadout
+from pahq.engine.vocabulary import ChainBase, Chained, VocabularyReadout
 from pahq.errors import PahqError
 from pahq.graph import Graph
 from pahq.model.transformer import Transformer
@@ -113,6 +113,7 @@ class Engine:
         self.screening = self.vocabulary.screen is not None
         self._since_rebase = [0, 0]  # states evaluated, and how many of them in full as well
         self._now: Evaluated | None = None
+        self._chain_base: ChainBase | None = None
         self._lag = Lag(self.state.twin())
         self._set_base(gather(self.state.clean.final, prompts.read), select=True)
 
@@ -156,8 +157,7 @@ class Engine:
         if final is not None:
             first, values = final
             if chained:
-                base = self.model.unembed_input(self._base_final)
-                chain = Chained(base, batch.spine[first:].tolist(), self.store)
+                chain = Chained(self._base, batch.spine[first:].tolist(), self.store)
             read = self.vocabulary.read(values, not self.screening, chain)
             metrics[first:] = self.metric(read).cpu().numpy()
             slack[first:], moved[first:] = read.slack, read.moved
@@ -206,7 +206,8 @@ class Engine:
         batch, lag = self._now.rows.batch, self._lag
         if lag.edges:
             behind = Batch(lag.edges, np.ones((1, len(lag.edges)), dtype=bool), batch.marks)
-            self._adopt_exact(*self._exact_pass(behind), 0)
+            rows, final = self._exact_rows(behind)
+            self._adopt_exact(rows, None, final, 0)
         found = {-1: self._exact_metric} if -1 in states else {}
         wanted = [state for state in states if state >= 0 and state not in lag.fine]
         while wanted:
@@ -221,6 +222,13 @@ class Engine:
         return found
 
     @property
+    def _base(self) -> ChainBase:
+        """Where the logits of chained states start from, made once for each base."""
+        if self._chain_base is None or self._chain_base.final is not self._base_final:
+            self._chain_base = ChainBase(self._base_final, self.model)
+        return self._chain_base
+
+    @property
     def _exact_metric(self) -> float:
         """Metric of the FP32 state, made when first asked for."""
         if self._lag.metric is None:
@@ -229,21 +237,24 @@ class Engine:
             self._lag.metric = float(self.metric(self.vocabulary.read(final[None], full=True))[0])
         return self._lag.metric
 
-    def _exact_pass(self, batch: Batch) -> ExactPass:
+    def _exact_rows(self, batch: Batch) -> tuple[BatchPass, Final]:
         rows = BatchPass(self._lag.state, self.parts.plain, batch)
-        final = rows.run(plan(self.graph, batch))
+        self.exact_states += batch.n_states
+        return rows, rows.run(plan(self.graph, batch))
+
+    def _exact_pass(self, batch: Batch) -> ExactPass:
+        rows, final = self._exact_rows(batch)
         metrics = np.full(batch.n_states, self._exact_metric)
         if final is not None:
             metrics[final[0] :] = self.metric(self.vocabulary.read(final[1], full=True)).cpu().numpy()
-        self.exact_states += batch.n_states
         self._check(metrics, batch)
         return rows, metrics, final
 
-    def _adopt_exact(self, rows: BatchPass, metrics: np.ndarray, final: Final, state: int) -> None:
+    def _adopt_exact(self, rows: BatchPass, metrics: np.ndarray | None, final: Final, state: int) -> None:
         lag = self._lag
         lag.state.update(_changed(rows, state))
         lag.edges = []
-        lag.metric = float(metrics[state])
+        lag.metric = None if metrics is None else float(metrics[state])
         if final is not None and state >= final[0]:
             lag.final = final[1][state - final[0]].clone()
 

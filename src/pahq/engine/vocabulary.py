@@ -79,14 +79,34 @@ class Vocabulary:
         return self.screen.anchor(rows, logits).view(h.shape[:-1])
 
 
+class ChainBase:
+    """The base state that a chain starts from. final: its residual stream at the read positions [N, P, d]."""
+
+    def __init__(self, final: Tensor, model: Transformer) -> None:
+        self.final, self.model = final, model
+        self.h = model.unembed_input(final)
+        self._full: Tensor | None = None
+
+    def logits(self, columns: Tensor, part: slice, offset: Tensor | None) -> Tensor:
+        """h [N * P, d] times part of the columns [d, m], plus part of the offset; kept for the whole vocabulary."""
+        rows = self.h.reshape(-1, self.h.shape[-1])
+        if columns is self.model.W_U and rows.shape[0] * columns.shape[1] <= FAR_ELEMENTS:
+            if self._full is None:
+                self._full = rows @ columns
+            out = self._full[:, part]
+        else:
+            out = rows @ columns[:, part]
+        return out if offset is None else out + offset[:, part]
+
+
 @dataclass(frozen=True)
 class Chained:
     """The states of a readout as a chain (see ``engine.chains``).
 
-    base: normalised final residual stream of the base state [N, P, d]; spine: bool [S]; store: has the unembedding.
+    base: where it starts; spine: bool [S]; store: has the unembedding.
     """
 
-    base: Tensor
+    base: ChainBase
     spine: list[bool]
     store: WeightStore
 
@@ -109,7 +129,7 @@ class VocabularyReadout:
         self.moved = np.zeros(h.shape[0])
         """Length of the change from a state's parent: root of its mean square over positions read, float64 [S]."""
         if chained is not None:
-            change = chain.deltas(h, chained.base, chained.spine)
+            change = chain.deltas(h, chained.base.h, chained.spine)
             self.moved = vocabulary.mean(change.square().sum(-1).double()).sqrt().cpu().numpy()
             self._change = quantise(change.flatten(0, -2), chained.store.policy.format("unembed"))
 
@@ -119,12 +139,10 @@ class VocabularyReadout:
         columns [d, m], and the same in low precision for chained states; part of the m; offset [n or 1, m] is added.
         """
         states, width = self.h.shape[0], self.h.shape[-1]
-        added = None if offset is None else offset[:, part]
         if self.chained is None or self._change is None or low is None:
             out = (self.h.reshape(-1, width) @ columns[:, part]).view(states, -1, columns[:, part].shape[1])
-            return out if added is None else out.add_(added)
-        tip = self.chained.base.reshape(-1, width) @ columns[:, part]
-        tip = tip if added is None else tip + added
+            return out if offset is None else out.add_(offset[:, part])
+        tip = self.chained.base.logits(columns, part, offset)
         return chain.sums(low.part(part).product(self._change).view(states, *tip.shape), tip, self.chained.spine)
 
     def select(self, ids: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ ROUGH = 0.5
 
 Slack is many times the error to be expected, which so stays within a few hundredths.
 """
-AUDIT = 64
+AUDIT = 256
 """Every so many tests one is measured in FP32 as well, however clear its decision."""
 
 
@@ -48,7 +48,7 @@ class Measurer:
         """The states of the batch just evaluated. metrics, slack: as it gave them; order: of the first state's test."""
         self._metrics, self._slack = metrics, slack
         self._parents = parents([not guess for guess in guesses[: len(metrics)]])
-        self._sharpen()
+        self._sharpen(guesses)
         fine = self._refine(guesses, order) if self.exact else {}
         measured = []
         for state, parent in enumerate(self._parents):
@@ -75,18 +75,22 @@ class Measurer:
         before, after = self._pair(state)
         return abs(after - before) if self.absolute else after - before
 
-    def _sharpen(self) -> None:
+    def _sharpen(self, guesses: list[bool]) -> None:
         """Has the states summed in full on which a decision within its slack of the threshold would rest.
 
-        Also those of edges that stay, and those whose slack would make the recorded effect rough.
+        Also those of edges that stay, and those whose slack would make the recorded effect rough; all as far as
+        guesses hold, since what comes after a wrong one is evaluated anew.
         """
         doubtful: set[int] = set()
         for state, parent in enumerate(self._parents):
             before, after = self._pair(state)
             doubt = self._doubt(state)
             rough = doubt > ROUGH * max(abs(after - before), abs(self.threshold))
-            if rough or self._size(state) >= self.threshold - doubt:
+            over = self._size(state) - self.threshold
+            if rough or over >= -doubt:
                 doubtful |= {state, parent}
+            if abs(over) > doubt and (over >= 0) != guesses[state]:
+                break
         if doubtful:
             self.engine.sharpen(sorted(doubtful))
 
