@@ -68,7 +68,12 @@ def sensitivity(
 
 
 def groups(
-    config: RunConfig, out: Path, heads: int = 8, tests: int = 64, sizes: Sequence[int] | None = None, **how: Any
+    config: RunConfig,
+    out: Path,
+    heads: int | None = None,
+    tests: int = 64,
+    sizes: Sequence[int] | None = None,
+    **how: Any,
 ) -> dict[str, Any]:
     """``pahq precision groups``: the record; see ``evaluation.precision.groups`` for the options.
 

@@ -169,7 +169,7 @@ def groups(
     task: Task,
     policy: Policy = "pahq-values",
     threshold: Threshold = 0.01,
-    heads: Annotated[int, typer.Option(help="Heads drawn, whose incoming edges are scored.")] = 8,
+    heads: Annotated[int | None, typer.Option(help="Heads drawn, into which edges are scored (default: 8).")] = None,
     tests: Annotated[int, typer.Option(help="Edges scored.")] = 64,
     sizes: Annotated[
         str | None, typer.Option(help="Heads in FP32 at a time, such as 0,1,4 (default: 0, 1, 2, 4, … and all).")

@@ -25,6 +25,9 @@ from pahq.precision.policy import FP32, LINEAR, Policy
 from pahq.precision.size import head_bytes, weight_bytes
 from pahq.task.prompts import Prompts
 
+HEADS = 8
+"""Heads that are drawn, where nobody says how many."""
+
 Head = tuple[int, int]
 """(layer, head)"""
 
@@ -94,7 +97,7 @@ def measure_groups(
     ablation: str,
     policy: Policy,
     threshold: float,
-    heads: int = 8,
+    heads: int | None = None,
     tests: int = 64,
     seed: int = 0,
     sizes: Sequence[int] | None = None,
@@ -102,7 +105,8 @@ def measure_groups(
 ) -> Groups:
     """Group size against memory, time and agreement with FP32's effects, for values and for differences.
 
-    threshold: of decisions in the figures of ``agreement``. sizes: None for ``group_sizes``; all heads of the model
+    threshold: of decisions in the figures of ``agreement``. heads: how many are drawn, None for eight or all there are;
+    tests: edges into them. sizes: None for ``group_sizes``; all heads of the model
     where a size is at least their number. on_step: told (what, passes done, passes in all).
     Raises PahqError for FP32, which has no low precision, and for odd sizes.
     """
@@ -111,6 +115,7 @@ def measure_groups(
     policy.require(model.device, model.dtype)
     graph = Graph(model.config)
     total = model.config.n_layers * model.config.n_heads
+    heads = min(HEADS, total) if heads is None else heads
     edges = draw(graph, heads, tests, seed)
     sizes = group_sizes(heads, total) if sizes is None else sorted({min(size, total) for size in sizes})
     if not sizes or min(sizes) < 0:
