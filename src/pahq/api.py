@@ -20,8 +20,9 @@ from pahq.files import read_json, write_json
 from pahq.graph import Graph
 from pahq.method.acdc import Acdc, AcdcOptions, AcdcResult, Decision, Progress
 from pahq.model import Transformer, load_model
-from pahq.precision.policy import get_policy
+from pahq.precision.policy import Policy, get_policy
 from pahq.precision.schedule import Scheduler
+from pahq.precision.streamed import streamed
 from pahq.report import identity, machine
 from pahq.report.config import RunConfig
 from pahq.report.folder import RUN_FILE, RunFolder
@@ -172,7 +173,7 @@ class _Run:
         """Loads, searches, measures and writes."""
         config, watch = self.config, self.watch
         command = config.call(None if self.folder is None else str(self.folder.path)) if command is None else command
-        transformer = _load(model, config, watch)
+        transformer = _load(model, config, watch, self.options.policy, self.scheduler)
         prompts = task.prompts(transformer, config.n, config.seed, "validation")
         held_out, no_test = _held_out(task, transformer, config)
         fingerprints = {"weights": identity.of_model(transformer), "prompts": identity.of_prompts(prompts)}
@@ -324,8 +325,14 @@ def _device(name: str) -> torch.device:
         raise PahqError(f"device: '{name}' cannot be used ({reason}); take cpu") from error
 
 
-def _load(model: Any, config: RunConfig, watch: Watch) -> Transformer:
-    """The model in the configuration's type on its device."""
+def _load(model: Any, config: RunConfig, watch: Watch, policy: Policy, scheduler: Scheduler | None) -> Transformer:
+    """The model in the configuration's type on its device.
+
+    On a GPU, a policy that quantises differences leaves its FP32 weights in host memory, from where they are streamed.
+    """
+    if scheduler is not None and scheduler.device.type == "cuda" and policy.differences:
+        host = _load(model, replace(config, device="cpu"), watch, policy, None)
+        return streamed(host, scheduler.device, scheduler)
     dtype = DTYPES[config.dtype]
     if isinstance(model, Transformer):
         for option in ("fold_ln", "center_writing", "center_unembed", "fold_value_biases"):

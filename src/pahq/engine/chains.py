@@ -22,7 +22,9 @@ from pahq.graph import Graph
 from pahq.model.components import linear
 from pahq.precision.formats import Rounded
 from pahq.precision.matrix import LowMatrix
-from pahq.precision.store import WeightStore
+from pahq.precision.mixed import MixedProducts
+from pahq.precision.schedule import Scheduler
+from pahq.precision.store import WeightKey, WeightStore
 
 
 class Chains(Arithmetic):
@@ -30,16 +32,18 @@ class Chains(Arithmetic):
 
     chained = True
 
-    def __init__(self, graph: Graph, nodes: Nodes, state: State, store: WeightStore) -> None:
+    def __init__(
+        self, graph: Graph, nodes: Nodes, state: State, store: WeightStore, scheduler: Scheduler | None = None
+    ) -> None:
         policy = store.policy
         super().__init__(graph, nodes, nodes if policy.receiver_under_test else None, policy.others_under_test)
         self.state, self.store = state, store
+        self.mixed = MixedProducts(store, scheduler)
 
     def projection(self, row: int, first: int, which: str, index: int, reach: tuple[Reach, Reach]) -> Walk:
         layer, model, spans = self.graph.receivers[row].layer, self.nodes.model, self.nodes.spans
         positions, level = spans.positions(reach[1]), reach[1]
-        attn = model.blocks[layer].attn
-        weights, bias, norm = attn.parts(which)
+        _, bias, norm = model.frames[layer].attn.parts(which)
         tip = model.attn_input(spans.narrow(self.state.input(row, reach[0]), *reach), layer, which, positions)
         key = (which, row, index, level)
         if norm is None:
@@ -47,7 +51,8 @@ class Chains(Arithmetic):
         else:  # what is kept of the base state is the norm's output; the sum has to be carried before it
 
             def make() -> Products:
-                out = linear(tip.flatten(0, -2), weights[index], None if bias is None else bias[index])
+                weight = model.blocks[layer].attn.parts(which)[0][index]
+                out = linear(tip.flatten(0, -2), weight, None if bias is None else bias[index])
                 return (out.view(*tip.shape[:-1], -1),)
 
             (total,) = self.state.products(key, make)
@@ -58,8 +63,8 @@ class Chains(Arithmetic):
             x = model.attn_input(spans.narrow(x, *reach), layer, which, positions)
             spine = self._spine(first, states)
             change = chain.deltas(x, tip, spine)
-            self.nodes.flops.add("qkv", change.numel() * weights.shape[-1])
-            change = self._product(matrix, weights[index], change, under[states])
+            self.nodes.flops.add("qkv", change.numel() * model.config.d_head)
+            change = self._product(matrix, (which, layer, index), change, under[states])
             tip = chain.last(x, tip, spine)
             if norm is None:
                 change = self.nodes.rotate(change, which, level)
@@ -73,7 +78,7 @@ class Chains(Arithmetic):
 
     def mlp(self, row: int, first: int, level: Reach) -> Walk:
         layer = self.graph.receivers[row].layer
-        block = self.nodes.model.blocks[layer]
+        cfg, block = self.nodes.model.config, self.nodes.model.frames[layer]
         mlp, ln2 = block.mlp, block.ln2
         assert mlp is not None
         assert ln2 is not None
@@ -83,9 +88,10 @@ class Chains(Arithmetic):
         key = ("mlp", row, 0, level)
 
         def make() -> Products:
-            self.nodes.flops.add("mlp", (len(low) - 1) * tip.numel() * mlp.W_in.shape[1])
-            shape = (*tip.shape[:-1], -1)
-            return tuple(part.view(shape) for part in mlp.hidden(tip.flatten(0, -2)) if part is not None)
+            self.nodes.flops.add("mlp", (len(low) - 1) * tip.numel() * cfg.d_mlp)
+            whole, shape = self.nodes.model.blocks[layer].mlp, (*tip.shape[:-1], -1)
+            assert whole is not None
+            return tuple(part.view(shape) for part in whole.hidden(tip.flatten(0, -2)) if part is not None)
 
         hidden, *gates = self.state.products(key, make)
         gate = gates[0] if gates else None
@@ -97,18 +103,18 @@ class Chains(Arithmetic):
             nonlocal tip, hidden, gate, acted, out
             x, spine, exact = ln2(x), self._spine(first, states), under[states]
             change = chain.deltas(x, tip, spine)
-            self.nodes.flops.add("mlp", len(low) * change.numel() * mlp.W_in.shape[1])
+            self.nodes.flops.add("mlp", len(low) * change.numel() * cfg.d_mlp)
             tip = chain.last(x, tip, spine)
             encoded = None if exact.any() else low[0].encode(change.flatten(0, -2))
-            here = chain.sums(self._product(low[0], mlp.W_in, change, exact, encoded), hidden, spine)
+            here = chain.sums(self._product(low[0], (names[0], layer, 0), change, exact, encoded), hidden, spine)
             hidden, opened = chain.last(here, hidden, spine), None
             if mlp.W_gate is not None and gate is not None:
-                opened = chain.sums(self._product(low[1], mlp.W_gate, change, exact, encoded), gate, spine)
+                opened = chain.sums(self._product(low[1], (names[1], layer, 0), change, exact, encoded), gate, spine)
                 gate = chain.last(opened, gate, spine)
             here = mlp.act_on(here, opened)
             change = chain.deltas(here, acted, spine)
             acted = chain.last(here, acted, spine)
-            written = chain.sums(self._product(low[-1], mlp.W_out, change, exact), out, spine)
+            written = chain.sums(self._product(low[-1], (names[-1], layer, 0), change, exact), out, spine)
             out = chain.last(written, out, spine)
             if self._is_end(first, states):
                 self.linear[key] = tuple(part.clone() for part in (hidden, gate) if part is not None)
@@ -120,9 +126,8 @@ class Chains(Arithmetic):
         spine = self._spine(first, slice(0, len(values)))
         change = chain.deltas(values, base, spine)
         self.nodes.flops.add("out", change.numel() * self.nodes.model.config.d_model)
-        weight = self.nodes.model.blocks[layer].attn.W_O[head]
         under = self.head_under_test(layer, head, first)
-        change = self._product(self.store.matrix("o", layer, head), weight, change, under)
+        change = self._product(self.store.matrix("o", layer, head), ("o", layer, head), change, under)
         return chain.sums(change, torch.zeros_like(change[0]), spine)
 
     def _is_end(self, first: int, states: slice) -> bool:
@@ -132,17 +137,12 @@ class Chains(Arithmetic):
         return self.spine[first + states.start : first + states.stop].tolist()
 
     def _product(
-        self, low: LowMatrix, weight: Tensor, change: Tensor, under: np.ndarray, encoded: Rounded | None = None
+        self, low: LowMatrix, key: WeightKey, change: Tensor, under: np.ndarray, encoded: Rounded | None = None
     ) -> Tensor:
         """Differences [s, B, P, k] times a matrix -> [s, B, P, o], in FP32 where the head is under test.
 
         encoded: the differences in the matrix's format, if they are at hand.
         """
-
-        def rough(part: Tensor) -> Tensor:
-            return low.multiply(part) if encoded is None else low.product(encoded).view(*part.shape[:-1], -1)
-
-        def fine(part: Tensor) -> Tensor:
-            return (part.reshape(-1, part.shape[-1]) @ weight).view(*part.shape[:-1], -1)
-
-        return self._mixed(under, change, rough, fine)
+        if not under.any():
+            return low.multiply(change) if encoded is None else low.product(encoded).view(*change.shape[:-1], -1)
+        return self.mixed.product(low, key, change, under)

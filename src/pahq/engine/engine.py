@@ -103,7 +103,9 @@ class Engine:
         self.policy, self.scheduler = get_policy(policy), scheduler
         self.prompts, self.graph, self.memory_limit, self.tolerance = prompts, graph, memory_limit, tolerance
         self.flops = Flops()
-        self.parts: Arithmetics = setup(model, prompts, graph, metric, ablation, screen, self.policy, self.flops)
+        self.parts: Arithmetics = setup(
+            model, prompts, graph, metric, ablation, screen, self.policy, self.flops, scheduler
+        )
         self.model, self.spans, self.state = self.parts.nodes.model, self.parts.nodes.spans, self.parts.state
         self.metric, self.vocabulary, self.store = self.parts.metric, self.parts.vocabulary, self.parts.store
         self.escalated = 0

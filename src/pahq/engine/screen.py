@@ -70,7 +70,7 @@ class Screen:
         ordered, tokens = mean.sort(descending=True)
         count = int((ordered.double().cumsum(0) < 1 - TAIL_MASS).sum()) + 1
         self.tokens = tokens[: -(-count // 64) * 64].sort().values
-        self.columns = self.model.W_U.T[self.tokens].T  # [d, m], copied once
+        self.columns = self.model.columns(self.tokens).T  # [d, m], copied once
         self.low = None if self.unembed is None else low_matrix(self.columns, self.unembed)
         self._forget()
 
@@ -87,7 +87,8 @@ class Screen:
         self.flops.add("unembed", p.numel() * h.shape[-1])
         p[:, self.tokens] = 0  # summing the tail alone: 1 - top would be rounding noise where the tail is small
         self.tail = p.sum(-1, dtype=torch.float64).clamp(min=1e-30)
-        self.tail_mean = (p @ self.model.W_U.T) / self.tail[:, None].to(p.dtype)
+        parts = [p[:, part] @ piece.T for part, piece in self.model.unembedding()]
+        self.tail_mean = sum(parts[1:], parts[0]) / self.tail[:, None].to(p.dtype)
         return total
 
     def logsumexp(self, h: Tensor, product: Product) -> tuple[Tensor, Tensor]:

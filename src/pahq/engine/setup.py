@@ -21,6 +21,7 @@ from pahq.graph import Graph
 from pahq.model.transformer import Transformer
 from pahq.precision.formats import Format, round_to
 from pahq.precision.policy import Policy
+from pahq.precision.schedule import Scheduler
 from pahq.precision.store import WeightStore
 from pahq.precision.values import rounded_model
 from pahq.task.metrics import Metric, Readout, get_metric
@@ -50,6 +51,7 @@ def setup(
     screen: bool | None,
     policy: Policy,
     flops: Flops,
+    scheduler: Scheduler | None = None,
 ) -> Arithmetics:
     """See ``engine.Engine``. The metric's reference is always the FP32 model's output, whatever the policy."""
     policy.require(model.device, model.dtype)
@@ -94,7 +96,7 @@ def setup(
         )
         return Arithmetics(nodes, plain, plain, state, metric, vocabulary, store)
     plain = Arithmetic(graph, nodes)
-    return Arithmetics(nodes, plain, Chains(graph, nodes, state, store), state, metric, vocabulary, store)
+    return Arithmetics(nodes, plain, Chains(graph, nodes, state, store, scheduler), state, metric, vocabulary, store)
 
 
 def round_metric(metric: Metric, fmt: Format) -> Metric:

@@ -57,8 +57,13 @@ class Vocabulary:
             if key is probabilities:
                 return direction, bias
         wide = probabilities.dtype
-        columns = self.model.W_U.to(wide).T
-        direction = torch.stack([p @ columns for p in probabilities])
+        direction = torch.zeros(
+            (*probabilities.shape[:-1], self.model.W_U.shape[0]), dtype=wide, device=self.model.device
+        )
+        for part, piece in self.model.unembedding():
+            columns = piece.to(wide).T
+            for example, p in enumerate(probabilities):
+                direction[example] += p[..., part] @ columns
         b_U = self.model.b_U
         bias = torch.zeros_like(probabilities[..., 0]) if b_U is None else probabilities @ b_U.to(wide)
         self._directions.append((probabilities, direction, bias))
@@ -72,7 +77,7 @@ class Vocabulary:
         assert self.screen is not None
         rows = h.reshape(-1, h.shape[-1])
         self.flops.add("unembed", rows.numel() * self.model.W_U.shape[1])
-        logits = rows @ self.model.W_U
+        logits = self.model.times_unembedding(rows)
         logits = logits if self.model.b_U is None else logits + self.model.b_U
         if select:
             self.screen.select(logits)
@@ -147,7 +152,7 @@ class VocabularyReadout:
 
     def select(self, ids: Tensor) -> Tensor:
         model, ids = self.vocabulary.model, ids.clamp(min=0)
-        columns = model.W_U.T[ids]  # [N, P, A, d]
+        columns = model.columns(ids)  # [N, P, A, d]
         out = torch.einsum("snpd,npad->snpa", self.h, columns)
         return model.logits(out if model.b_U is None else out + model.b_U[ids])
 
@@ -160,8 +165,16 @@ class VocabularyReadout:
     def logits(self) -> Tensor:
         model = self.vocabulary.model
         self._count()
-        out = self.product(model.W_U, self._low, slice(None), None if model.b_U is None else model.b_U[None])
+        parts = [self._piece(part, piece, slice(None)) for part, piece in model.unembedding()]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return model.logits(out).view(*self.h.shape[:-1], -1)
+
+    def _piece(self, whole: slice, piece: Tensor, part: slice) -> Tensor:
+        """Part of the columns ``whole`` of W_U, which ``piece`` [d, some] holds -> logits [S, n, width]."""
+        b_U, low = self.vocabulary.model.b_U, self._low
+        return self.product(
+            piece, None if low is None else low.part(whole), part, None if b_U is None else b_U[None, whole]
+        )
 
     @property
     def _low(self) -> LowMatrix | None:
@@ -197,19 +210,18 @@ class VocabularyReadout:
         if vocabulary.shift is not None:
             shift = vocabulary.shift.to(rows.dtype).expand(self.h.shape[:-1]).reshape(-1, 1)
         width = max(256, CHUNK_ELEMENTS // max(1, rows.shape[0]))
-        bias = None if model.b_U is None else model.b_U[None]
-        for first in range(0, model.W_U.shape[1], width):
-            slab = self.product(model.W_U, self._low, slice(first, first + width), bias).flatten(0, 1)
-            slab = model.logits(slab)
-            if shift is not None:
-                slab -= shift
-            total += slab.exp_().sum(-1)
+        for whole, piece in model.unembedding():
+            for first in range(0, piece.shape[1], width):
+                slab = model.logits(self._piece(whole, piece, slice(first, first + width)).flatten(0, 1))
+                if shift is not None:
+                    slab -= shift
+                total += slab.exp_().sum(-1)
         out = total.log()
         far = ~(out.abs() <= SAFE_EXPONENT)  # so far from the clean state that exp loses digits (or a NaN, which stays)
         if shift is not None:
             out += shift.squeeze(-1)
         for some in far.nonzero().squeeze(-1).split(max(1, FAR_ELEMENTS // model.W_U.shape[1])):
-            logits = rows[some] @ model.W_U
+            logits = model.times_unembedding(rows[some])
             out[some] = torch.logsumexp(model.logits(logits if model.b_U is None else logits + model.b_U), -1).double()
         return out.view(self.h.shape[:-1])
 

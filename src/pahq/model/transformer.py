@@ -5,7 +5,7 @@ Weights are named as in TransformerLens (``blocks.0.attn.W_Q`` …); ``shapes`` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,16 @@ class Transformer:
     def dtype(self) -> torch.dtype:
         return self.W_E.dtype
 
+    @property
+    def frames(self) -> Sequence[Block]:
+        """The blocks for what is small in them: norms, biases, shapes' existence. Their matrices may be absent."""
+        return self.blocks
+
+    @property
+    def masters(self) -> Sequence[Block]:
+        """The blocks with all weights where they are kept, wherever that is."""
+        return self.blocks
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Transformer:
         """The same model on another device or in another floating-point type."""
         moved = {name: weight.to(device=device, dtype=dtype) for name, weight in self.weights.items()}
@@ -82,7 +92,7 @@ class Transformer:
 
     def attn_input(self, x: Tensor, layer: int, which: str, positions: Tensor) -> Tensor:
         """Residual x [..., P, d] at integer ``positions`` [..., P] -> normalised input of q, k or v."""
-        x = self.blocks[layer].ln1(x)
+        x = self.frames[layer].ln1(x)
         if self.config.positions == "shortformer" and which != "v":
             assert self.W_pos is not None
             x = x + self.W_pos[positions]
@@ -94,8 +104,21 @@ class Transformer:
 
     def unembed(self, x: Tensor) -> Tensor:
         """Residual x [..., d] -> logits [..., d_vocab_out], final norm included."""
-        out = self.unembed_input(x) @ self.W_U
+        out = self.times_unembedding(self.unembed_input(x))
         return self.logits(out if self.b_U is None else out + self.b_U)
+
+    def unembedding(self) -> Iterator[tuple[slice, Tensor]]:
+        """W_U in pieces: (its columns, the piece [d, some] on the device), each valid until the next is asked for."""
+        yield slice(0, self.W_U.shape[1]), self.W_U
+
+    def times_unembedding(self, h: Tensor) -> Tensor:
+        """h [..., d] @ W_U -> [..., V]"""
+        parts = [h @ piece for _, piece in self.unembedding()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def columns(self, tokens: Tensor) -> Tensor:
+        """Unembedding vectors of tokens [...] -> [..., d], on the device."""
+        return self.W_U.T[tokens.to(self.W_U.device)].to(self.device)
 
     def unembed_input(self, x: Tensor) -> Tensor:
         """Residual x [..., d] -> what is multiplied by W_U [..., d]."""

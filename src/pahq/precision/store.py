@@ -19,6 +19,10 @@ MATRICES = {"mlp_in": "mlp", "mlp_gate": "mlp", "mlp_out": "mlp"}
 """Names of matrices whose kind in a policy is called otherwise."""
 
 
+WeightKey = tuple[str, int, int]
+"""(name, layer, head or group): name is q, k, v, o, mlp_in, mlp_gate, mlp_out or unembed."""
+
+
 class Held(NamedTuple):
     """Memory that one component takes in one format. place: ``host`` or ``device``."""
 
@@ -37,7 +41,7 @@ class WeightStore:
     def __init__(self, model: Transformer, policy: Policy, device: torch.device | None = None) -> None:
         self.model, self.policy = model, policy
         self.device = model.device if device is None else device
-        self._copies: dict[tuple[str, int, int], LowMatrix] = {}
+        self._copies: dict[WeightKey, LowMatrix] = {}
 
     def matrix(self, name: str, layer: int = 0, index: int = 0) -> LowMatrix:
         """q, k, v or o of a head (group), mlp_in, mlp_gate, mlp_out of a layer, or unembed."""
@@ -59,7 +63,7 @@ class WeightStore:
         """The FP32 weight [in, out] itself."""
         if name == "unembed":
             return self.model.W_U
-        block = self.model.blocks[layer]
+        block = self.model.masters[layer]
         if name.startswith("mlp"):
             assert block.mlp is not None
             found = {"mlp_in": block.mlp.W_in, "mlp_gate": block.mlp.W_gate, "mlp_out": block.mlp.W_out}[name]

@@ -40,8 +40,9 @@ class StreamedBlocks(Sequence[Block]):
         copy: bool | None = None,
         slots: int = 2,
     ) -> None:
-        self._frames = [_frame(block, device) for block in blocks]
+        self.frames = [_frame(block, device) for block in blocks]
         self._weights = [tuple(pin(weight, device) for weight in _matrices(block)) for block in blocks]
+        self.host = [_with_matrices(block, weights) for block, weights in zip(blocks, self._weights, strict=True)]
         self.scheduler = scheduler
         self.loader: Loader[int] = Loader(scheduler, self._weights.__getitem__, slots, copy)
         self._keep = max(1, slots - 1)
@@ -70,14 +71,14 @@ class StreamedBlocks(Sequence[Block]):
             self._out.pop(next(iter(self._out)))[0].release()
         slot = self.loader.fetch(layer)
         self.scheduler.join(slot.ready)
-        block = _with_matrices(self._frames[layer], slot.tensors)
+        block = _with_matrices(self.frames[layer], slot.tensors)
         self._out[layer], self._last = (slot, block), layer
         if in_order or layer == 0:  # a jump says nothing about what is next, and the other buffer may be wanted again
             self.loader.prefetch((layer + 1) % len(self))
         return block
 
     def __len__(self) -> int:
-        return len(self._frames)
+        return len(self.frames)
 
 
 class Slabs:
@@ -134,11 +135,18 @@ class StreamedTransformer(Transformer):
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         return self.W_E[tokens.to(self.W_E.device)].to(self.home)
 
-    def unembed(self, x: Tensor) -> Tensor:
-        h = self.unembed_input(x)
-        parts = [h @ slab for _, slab in self.slabs]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        return self.logits(out if self.b_U is None else out + self.b_U)
+    @property
+    def frames(self) -> Sequence[Block]:
+        assert isinstance(self.blocks, StreamedBlocks)
+        return self.blocks.frames
+
+    @property
+    def masters(self) -> Sequence[Block]:
+        assert isinstance(self.blocks, StreamedBlocks)
+        return self.blocks.host
+
+    def unembedding(self) -> Iterator[tuple[slice, Tensor]]:
+        yield from self.slabs
 
     @property
     def device_bytes(self) -> int:
