@@ -105,6 +105,34 @@ def test_sensitivity_says_what_it_is_asked(pahq: Pahq, files: Path, tmp_path: Pa
     assert "100.00 %" in answer.out
 
 
+def test_sensitivity_of_a_finished_run(pahq: Pahq, files: Path, tmp_path: Path) -> None:
+    """The same figures as with a sweep of its own; refused on other prompts."""
+    run, out, other = tmp_path / "run", tmp_path / "out", tmp_path / "other"
+    assert pahq("discover", *common(files), "--threshold", 0.001, "--out", run, "-q").code == 0
+    words = STUDIES["sensitivity"][2:]
+    answer = pahq("precision", "sensitivity", *common(files, metric="nll"), *words, "--run", run, "--out", out)
+    assert answer.code == 0, answer.err
+    assert pahq("precision", "sensitivity", *common(files), *STUDIES["sensitivity"], "--out", other, "-q").code == 0
+    first, second = (json.loads((folder / "run.json").read_text()) for folder in (out, other))
+    assert first["config"]["metric"] == "kl_div"  # the run's
+    assert first["config"]["threshold"] == 0.001
+    assert first["figures"]["sweep_tests"] == second["figures"]["sweep_tests"]
+    wide = tmp_path / "wide"
+    assert pahq("discover", *common(files), "--threshold", 1, "--dtype", "float64", "--out", wide, "-q").code == 0
+    timed = ("seconds", "time_ratio")
+    for one, two in zip(first["figures"]["rows"], second["figures"]["rows"], strict=True):
+        assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in two.items() if k not in timed}
+    for more, folder, message in (
+        ({"seed": 5}, run, f"{run}: its prompts are others"),
+        ({}, out, f"{out}: not the folder of a run of pahq discover"),
+        ({}, wide, f"{wide}: the run is in float64"),
+        ({}, tmp_path / "absent", "there is no finished run"),
+    ):
+        refused = pahq("precision", "sensitivity", *common(files, **more), "--run", folder, "--out", tmp_path / "no")
+        assert message in refused.error
+        assert not (tmp_path / "no").exists()
+
+
 def test_fp32_has_no_noise(pahq: Pahq, files: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ["--policy", "fp32", "--edge", "a0.0->a1.1.q", "--out", out]

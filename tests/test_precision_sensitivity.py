@@ -12,8 +12,9 @@ from hypothesis import given
 import tiny
 from pahq.engine import Engine
 from pahq.errors import PahqError
+from pahq.evaluation.circuit import Circuit
 from pahq.evaluation.precision.agreement import agreement, ranks, spearman
-from pahq.evaluation.precision.replay import WINDOW, replay, sweep, windows
+from pahq.evaluation.precision.replay import WINDOW, replay, sweep, sweep_of, windows
 from pahq.evaluation.precision.sensitivity import (
     Sensitivity,
     Watcher,
@@ -23,7 +24,7 @@ from pahq.evaluation.precision.sensitivity import (
     single_policies,
 )
 from pahq.graph import Graph
-from pahq.method.acdc import AcdcOptions, Progress
+from pahq.method.acdc import Acdc, AcdcOptions, Progress
 from pahq.model.config import ModelConfig
 from pahq.model.transformer import Transformer, build
 from pahq.precision.policy import FP32, KINDS, POLICIES, get_policy
@@ -50,9 +51,11 @@ def prompts(model: Transformer) -> Prompts:
 def test_replayed_effects_are_those_of_the_sweep(case: Case) -> None:
     """In FP64, from whatever base the windows start: the whole sweep, and a sample of it."""
     options = AcdcOptions(0.01, case.metric, case.ablation, head_order=case.head_order, sender_order=case.sender_order)
+    result = Acdc(case.model, case.prompts, options).run()
     decisions = sweep(case.model, case.prompts, options)
+    assert sweep_of(Circuit(result.graph, result.mask, result.effects, result.order)) == decisions
     graph = Graph(case.model.config)
-    expected = {(d.row, d.column): d.effect for d in decisions}
+    expected = {(d.row, d.column): d.effect for d in result.decisions}
     for tests in (len(decisions), 20, 3):
         sample = windows(graph, options, decisions, tests)
         edges = [edge for window in sample for edge in window.batch.candidates]
@@ -60,7 +63,7 @@ def test_replayed_effects_are_those_of_the_sweep(case: Case) -> None:
         assert len(edges) >= min(tests, len(decisions)) - WINDOW + 1
         engine = Engine(case.model, case.prompts, graph, case.metric, case.ablation, screen=False)
         effects = replay(engine, sample)
-        scale = max(1.0, *(abs(d.before) for d in decisions))
+        scale = max(1.0, *(abs(d.before) for d in result.decisions))
         np.testing.assert_allclose(effects, [expected[edge] for edge in edges], rtol=0, atol=1e-8 * scale)
 
 
@@ -68,13 +71,15 @@ def test_samples_spread_over_the_sweep(model: Transformer, prompts: Prompts) -> 
     options = AcdcOptions(THRESHOLD)
     decisions = sweep(model, prompts, options)
     assert len(decisions) > 100
-    place = {(d.row, d.column): d.order for d in decisions}
+    place = {(row, column): order for order, (row, column, _) in enumerate(decisions)}
     sample = windows(Graph(model.config), options, decisions, 64)
     starts = [place[window.batch.candidates[0]] for window in sample]
     assert len(starts) == 4
     assert (starts[0], starts[-1]) == (0, len(decisions) - WINDOW)
     assert max(np.diff(starts)) - min(np.diff(starts)) <= 1
     assert windows(Graph(model.config), options, [], 64) == []
+    with pytest.raises(PahqError, match="test 1 of it is not what these options ask for"):
+        windows(Graph(model.config), options, decisions[1:], 64)
 
 
 @pytest.fixture(scope="module")

@@ -6,27 +6,33 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from pahq import api
+from pahq.errors import PahqError
+from pahq.evaluation.circuit import Circuit
 from pahq.evaluation.precision.groups import measure_groups
+from pahq.evaluation.precision.replay import Tested, sweep_of
 from pahq.evaluation.precision.sensitivity import FORMATS, Watcher, measure_sensitivity
 from pahq.evaluation.precision.snr import measure_snr
+from pahq.files import read_json
 from pahq.method.acdc import AcdcOptions, Progress
-from pahq.model.transformer import Transformer
+from pahq.model import Transformer, load_model
 from pahq.precision.policy import get_policy
 from pahq.report import identity, machine, plots
 from pahq.report.config import RunConfig
+from pahq.report.folder import RUN_FILE
 from pahq.report.progress import Watch
 from pahq.report.steps import Steps
 from pahq.report.study import StudyFolder
 from pahq.task import get_task
 from pahq.task.prompts import Prompts
 
-Path = str | PathLike[str]
+Folder = str | PathLike[str]
 
 
-def snr(config: RunConfig, out: Path, edge: str | None = None, **how: Any) -> dict[str, Any]:
+def snr(config: RunConfig, out: Folder, edge: str | None = None, **how: Any) -> dict[str, Any]:
     """``pahq precision snr``: the record, as in ``run.json``; see ``evaluation.precision.snr``.
 
     config: model, task, metric, n, seed, ablation, device, policy, under_test. how: watch and command, see ``_study``.
@@ -44,32 +50,45 @@ def snr(config: RunConfig, out: Path, edge: str | None = None, **how: Any) -> di
 
 def sensitivity(
     config: RunConfig,
-    out: Path,
+    out: Folder,
     kinds: Sequence[str] | None = None,
     formats: Sequence[str] = FORMATS,
     quantised: str = "differences",
     tests: int = 400,
     budget: str = "0.5x",
+    run: Folder | None = None,
     **how: Any,
 ) -> dict[str, Any]:
     """``pahq precision sensitivity``: the record; see ``evaluation.precision.sensitivity`` for the options.
 
-    config: also threshold and absolute, of the FP32 sweep. Raises PahqError for bad input.
+    config: also threshold and absolute, of the FP32 sweep. run: folder of a finished run whose sweep is sampled
+    instead; its options count then, and model and prompts must be the same. Raises PahqError for bad input.
     """
+    if run is not None:
+        config = _options_of(run, config)
 
     def measure(model: Transformer, prompts: Prompts, metric: str, steps: Steps) -> dict[str, Any]:
-        options = AcdcOptions(config.threshold, metric, config.ablation, config.absolute)
-        watcher = _SweepWatcher(steps, metric)
-        found = measure_sensitivity(model, prompts, options, kinds, formats, quantised, tests, budget, watcher)
+        names = ("absolute", "ablation", "head_order", "sender_order", "split_qkv", "direct_edges", "split_pos")
+        options = AcdcOptions(config.threshold, metric, **{name: getattr(config, name) for name in names})
+        swept = None if run is None else _sweep_of(run, model, prompts)
+        watcher = _SweepWatcher(steps, metric) if swept is None else _StepWatcher(steps)
+        found = measure_sensitivity(model, prompts, options, kinds, formats, quantised, tests, budget, watcher, swept)
         return asdict(found)
 
-    asked = {"kinds": kinds, "formats": list(formats), "quantised": quantised, "tests": tests, "budget": budget}
+    asked = {
+        "run": None if run is None else str(run),
+        "kinds": kinds,
+        "formats": list(formats),
+        "quantised": quantised,
+        "tests": tests,
+        "budget": budget,
+    }
     return _study("sensitivity", config, out, measure, plots.sensitivity, {"options": asked}, **how)
 
 
 def groups(
     config: RunConfig,
-    out: Path,
+    out: Folder,
     heads: int | None = None,
     tests: int = 64,
     sizes: Sequence[int] | None = None,
@@ -92,11 +111,48 @@ def groups(
     return _study("groups", config, out, measure, plots.groups, facts, **how)
 
 
-class _SweepWatcher(Watcher):
+def _options_of(run: Folder, config: RunConfig) -> RunConfig:
+    """The configuration of a finished run, in FP32, on the device asked for; raises PahqError if there is none."""
+    folder = Path(run)
+    if not (folder / RUN_FILE).exists():
+        raise PahqError(f"{run}: there is no finished run ({RUN_FILE} is missing); check the path")
+    record = read_json(folder / RUN_FILE)
+    if not isinstance(record.get("config"), dict) or "study" in record:
+        raise PahqError(f"{run}: not the folder of a run of pahq discover; check the path")
+    then = RunConfig.from_dict(record["config"], str(folder / RUN_FILE))
+    if then.dtype != "float32":
+        raise PahqError(f"{run}: the run is in {then.dtype}, with which low precision does not go; take one in float32")
+    names = ("model", "task", "n", "seed", "device", "pad", "task_options")
+    return replace(then, policy="fp32", under_test=None, exact=None, **{name: getattr(config, name) for name in names})
+
+
+def _sweep_of(run: Folder, model: Transformer, prompts: Prompts) -> list[Tested]:
+    """The tests of a run on this model and these prompts; raises PahqError if it was on others."""
+    folder = Path(run)
+    then = read_json(folder / RUN_FILE).get("identity", {})
+    for what, now in (("weights", identity.of_model(model)), ("prompts", identity.of_prompts(prompts))):
+        if then.get(what) != now:
+            raise PahqError(
+                f"{run}: its {what} are others; repeat the run's --model, --task, --n, --seed and task options"
+            )
+    return sweep_of(Circuit.load(folder))
+
+
+class _StepWatcher(Watcher):
+    """Shows the policies one by one."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+
+    def step(self, what: str, done: int, of: int) -> None:
+        self.steps.step(what, done, of)
+
+
+class _SweepWatcher(_StepWatcher):
     """Shows the sweep as ``pahq discover`` does, and then the policies one by one."""
 
     def __init__(self, steps: Steps, metric: str) -> None:
-        self.steps = steps
+        super().__init__(steps)
         steps.watch.begin(metric)
         self._swept = False
 
@@ -107,13 +163,13 @@ class _SweepWatcher(Watcher):
         if not self._swept:
             self.steps.watch.end()
             self._swept = True
-        self.steps.step(what, done, of)
+        super().step(what, done, of)
 
 
 def _study(
     name: str,
     config: RunConfig,
-    out: Path,
+    out: Folder,
     measure: Callable[[Transformer, Prompts, str, Steps], dict[str, Any]],
     plot: Callable[[Any, Any], None],
     facts: dict[str, Any],
@@ -130,7 +186,9 @@ def _study(
     get_policy(config.policy, config.under_test).require(api._device(config.device), api.DTYPES[config.dtype])
     folder = StudyFolder(out, name)
     try:
-        model = api._load(config.model, config, watch)
+        watch.say(f"loading {config.model} …")
+        names = ("device", "fold_ln", "center_writing", "center_unembed", "fold_value_biases")
+        model = load_model(config.model, **{name: getattr(config, name) for name in names})
         prompts = task.prompts(model, config.n, config.seed, "validation")
         steps = Steps(watch)
         try:

@@ -138,6 +138,10 @@ def sensitivity(
         str, typer.Option(help="For the recommended table: bytes, or a share of FP32's such as 0.4x.")
     ] = "0.5x",
     tests: Annotated[int, typer.Option(help="Effects to compare, sampled evenly over an FP32 sweep.")] = 400,
+    run: Annotated[
+        str | None,
+        typer.Option(help="A finished run on the same model and prompts: its sweep and options count, none is made."),
+    ] = None,
     absolute: Annotated[bool, typer.Option("--absolute", help="Compare |effect| with the threshold.")] = False,
     metric: Metric = None,
     n: Number = 8,
@@ -158,7 +162,8 @@ def sensitivity(
     from pahq import study
 
     record = _guarded(
-        lambda how: study.sensitivity(config, folder, chosen, _list(formats), quantised, tests, budget, **how), quiet
+        lambda how: study.sensitivity(config, folder, chosen, _list(formats), quantised, tests, budget, run, **how),
+        quiet,
     )
     _finish(record, folder, quiet, as_json, _show_sensitivity)
 

@@ -12,7 +12,7 @@ import numpy as np
 from pahq.engine import Engine
 from pahq.errors import PahqError
 from pahq.evaluation.precision.agreement import agreement
-from pahq.evaluation.precision.replay import Window, replay, sweep, windows
+from pahq.evaluation.precision.replay import Tested, Window, replay, sweep, windows
 from pahq.graph import Graph
 from pahq.method.acdc import AcdcOptions, Progress
 from pahq.model.transformer import Transformer
@@ -70,12 +70,14 @@ def measure_sensitivity(
     tests: int = 400,
     budget: str = "0.5x",
     watcher: Watcher | None = None,
+    swept: Sequence[Tested] | None = None,
 ) -> Sensitivity:
     """Component kind x format: agreement with FP32, bytes, time; and the table that a budget allows.
 
     options: of the FP32 sweep whose states are sampled. kinds: None for all that can be lowered. quantised:
     ``differences``, ``values`` or ``both``; what is no matrix product is always rounded as values. tests: effects to
-    compare. budget: bytes of all weights, or a share of FP32's such as ``0.4x``.
+    compare. budget: bytes of all weights, or a share of FP32's such as ``0.4x``. swept: the tests of a sweep made
+    before with the same options; None makes it now, which takes most of the time.
     Raises PahqError for unknown kinds and formats, and a budget that no table meets.
     """
     watcher = Watcher() if watcher is None else watcher
@@ -89,7 +91,7 @@ def measure_sensitivity(
     for mode in _modes(quantised):
         _check_budget(model, [policy for policy in policies if policy.quantised == mode], mode, limit)
     options = replace(options, policy=FP32, exact=None)
-    decisions = sweep(model, prompts, options, watcher.sweep)
+    decisions = sweep(model, prompts, options, watcher.sweep) if swept is None else swept
     graph = Graph(model.config, options.split_qkv, options.direct_edges, options.split_pos)
     sample = windows(graph, options, decisions, tests)
     steps = 1 + len(policies) + len(_modes(quantised))
