@@ -307,7 +307,7 @@ class Engine:
         self._base_final = final[state - first].clone()
         read, at = one.read, state - first
         if chained:  # the next batch's logits start from these, which the chain's end only comes near
-            read, at = self.vocabulary.read(self._base_final[None], full=not self.screening), 0
+            read, at = self.vocabulary.read_base(self._base, full=not self.screening), 0
             self.base_metric, self.base_slack = float(self.metric(read)[0]), float(read.slack[0])
         moved = 0.0 if read is None else float(read.slack[at])
         if moved > self.tolerance:  # also where the metric is known in full: the anchor shall follow

@@ -43,6 +43,10 @@ class Vocabulary:
         self.shift = None if float(typical.abs().max()) < SAFE_EXPONENT else typical
         self._directions: list[tuple[Tensor, Tensor, Tensor]] = []
 
+    def read_base(self, base: ChainBase, full: bool = False) -> VocabularyReadout:
+        """The base state of a chain, as one state."""
+        return VocabularyReadout(self, base.h[None], None if full else self.screen, base=base)
+
     def read(self, x: Tensor, full: bool = False, chained: Chained | None = None) -> VocabularyReadout:
         """x [S, N, P, d], final residual streams at the read positions. full: do not screen."""
         return VocabularyReadout(self, self.model.unembed_input(x), None if full else self.screen, chained)
@@ -90,18 +94,19 @@ class ChainBase:
     def __init__(self, final: Tensor, model: Transformer) -> None:
         self.final, self.model = final, model
         self.h = model.unembed_input(final)
-        self._full: Tensor | None = None
+        self._kept: list[tuple[Tensor, Tensor]] = []
 
     def logits(self, columns: Tensor, part: slice, offset: Tensor | None) -> Tensor:
-        """h [N * P, d] times part of the columns [d, m], plus part of the offset; kept for the whole vocabulary."""
-        rows = self.h.reshape(-1, self.h.shape[-1])
-        if columns is self.model.W_U and rows.shape[0] * columns.shape[1] <= FAR_ELEMENTS:
-            if self._full is None:
-                self._full = rows @ columns
-            out = self._full[:, part]
-        else:
-            out = rows @ columns[:, part]
-        return out if offset is None else out + offset[:, part]
+        """h [N * P, d] times part of the columns [d, m], plus part of the offset. Not to be changed in place."""
+        out = next((product for known, product in self._kept if known is columns), None)
+        if out is None:
+            rows = self.h.reshape(-1, self.h.shape[-1])
+            if rows.shape[0] * columns.shape[1] > FAR_ELEMENTS:
+                out = rows @ columns[:, part]
+                return out if offset is None else out.add_(offset[:, part])
+            out = rows @ columns
+            self._kept.append((columns, out))
+        return out[:, part] if offset is None else out[:, part] + offset[:, part]
 
 
 @dataclass(frozen=True)
@@ -124,9 +129,14 @@ class VocabularyReadout:
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, h: Tensor, screen: Screen | None, chained: Chained | None = None
+        self,
+        vocabulary: Vocabulary,
+        h: Tensor,
+        screen: Screen | None,
+        chained: Chained | None = None,
+        base: ChainBase | None = None,
     ) -> None:
-        self.vocabulary, self.h, self.screen, self.chained = vocabulary, h, screen, chained
+        self.vocabulary, self.h, self.screen, self.chained, self.base = vocabulary, h, screen, chained, base
         self.slack = np.zeros(h.shape[0])
         self.missed: tuple[Tensor, Tensor] | None = None  # of a screened sum: (without, estimate) [S, N, P] each
         self._logsumexp: Tensor | None = None
@@ -144,6 +154,8 @@ class VocabularyReadout:
         columns [d, m], and the same in low precision for chained states; part of the m; offset [n or 1, m] is added.
         """
         states, width = self.h.shape[0], self.h.shape[-1]
+        if self.base is not None:
+            return self.base.logits(columns, part, offset)[None].clone()
         if self.chained is None or self._change is None or low is None:
             out = (self.h.reshape(-1, width) @ columns[:, part]).view(states, -1, columns[:, part].shape[1])
             return out if offset is None else out.add_(offset[:, part])
