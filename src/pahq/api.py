@@ -6,23 +6,29 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
-from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from pahq.errors import PahqError
 from pahq.evaluation.behaviour import behaviour
 from pahq.evaluation.circuit import Circuit
 from pahq.files import read_json, write_json
 from pahq.graph import Graph
+from pahq.inputs import (
+    DTYPES,
+    absolute,
+    acdc_options,
+    device_of,
+    held_out_prompts,
+    load,
+    metric_of,
+    task_options,
+    timestamp,
+)
 from pahq.method.acdc import Acdc, AcdcOptions, AcdcResult, Decision, Progress
-from pahq.model import Transformer, load_model
-from pahq.precision.policy import Policy, get_policy
+from pahq.model import Transformer
 from pahq.precision.schedule import Scheduler
-from pahq.precision.streamed import streamed
 from pahq.report import identity, machine
 from pahq.report.config import RunConfig
 from pahq.report.folder import RUN_FILE, RunFolder
@@ -33,10 +39,8 @@ from pahq.report.precision import merged_check, precision_record
 from pahq.report.progress import Watch, watch_for
 from pahq.report.tracing import open_scheduler, trace_path, traced
 from pahq.task import Task, get_task
-from pahq.task.metrics import metric_class
 from pahq.task.prompts import Prompts
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 OBJECT = "object:"
 """Marks a model or task in a record that was given as a Python object, not by name."""
 
@@ -104,9 +108,9 @@ def execute(
     """
     watch = Watch() if watch is None else watch
     model = config.model if model is None else model
-    prompts_of = task if isinstance(task, Task) else get_task(config.task, **_task_options(config))
-    config = replace(_absolute(config), metric=_metric(config.metric, prompts_of))
-    options, device = _options(config), _device(config.device)
+    prompts_of = task if isinstance(task, Task) else get_task(config.task, **task_options(config))
+    config = replace(absolute(config), metric=metric_of(config.metric, prompts_of))
+    options, device = acdc_options(config), device_of(config.device)
     options.policy.require(device, DTYPES[config.dtype])
     path = trace_path(trace, None if out is None else Path(out))
     with ExitStack() as stack:
@@ -148,10 +152,6 @@ def resume(
     return execute(config, out, watch=watch, command=command, streams=streams, trace=trace)
 
 
-def _task_options(config: RunConfig) -> dict[str, Any]:
-    return config.task_options | ({"pad": True} if config.pad else {})
-
-
 class _Run:
     """The course of one run in this process."""
 
@@ -166,16 +166,16 @@ class _Run:
     ) -> None:
         self.config, self.options, self.folder, self.watch = config, options, folder, watch
         self.scheduler, self.trace = scheduler, trace
-        self.began, self.started = time.perf_counter(), _now()
+        self.began, self.started = time.perf_counter(), timestamp()
         self.earlier = 0.0  # seconds that earlier processes gave to this run
 
     def finish(self, model: Any, task: Task, command: str | None) -> Outcome:
         """Loads, searches, measures and writes."""
         config, watch = self.config, self.watch
         command = config.call(None if self.folder is None else str(self.folder.path)) if command is None else command
-        transformer = _load(model, config, watch, self.options.policy, self.scheduler)
+        transformer = load(model, config, watch, self.options.policy, self.scheduler)
         prompts = task.prompts(transformer, config.n, config.seed, "validation")
-        held_out, no_test = _held_out(task, transformer, config)
+        held_out, no_test = held_out_prompts(task, transformer, config)
         fingerprints = {"weights": identity.of_model(transformer), "prompts": identity.of_prompts(prompts)}
         self.facts = {
             "versions": machine.versions(),
@@ -206,7 +206,7 @@ class _Run:
                 "identity": fingerprints,
                 **self.facts,
                 "started": self.started,
-                "finished": _now(),
+                "finished": timestamp(),
                 "search": search | {"streams": None if self.scheduler is None else list(self.scheduler.streams)},
                 "peak_memory": machine.peak_memory(transformer.device),
                 "total_seconds": self.earlier + time.perf_counter() - self.began,
@@ -308,78 +308,6 @@ class _Run:
                     )
 
 
-def _options(c: RunConfig) -> AcdcOptions:
-    assert c.metric is not None
-    names = ("absolute", "ablation", "head_order", "sender_order", "split_qkv", "direct_edges", "split_pos", "exact")
-    policy = get_policy(c.policy, c.under_test)
-    given = {name: getattr(c, name) for name in names}
-    return AcdcOptions(threshold=c.threshold, metric=c.metric, policy=policy, **given)
-
-
-def _device(name: str) -> torch.device:
-    """Raises PahqError for a device that is not there."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise PahqError(f"device: '{name}' cannot be used ({reason}); take cpu") from error
-
-
-def _load(model: Any, config: RunConfig, watch: Watch, policy: Policy, scheduler: Scheduler | None) -> Transformer:
-    """The model in the configuration's type on its device.
-
-    On a GPU, a policy that quantises differences leaves its FP32 weights in host memory, from where they are streamed.
-    """
-    if scheduler is not None and scheduler.device.type == "cuda" and policy.differences:
-        host = _load(model, replace(config, device="cpu"), watch, policy, None)
-        return streamed(host, scheduler.device, scheduler)
-    dtype = DTYPES[config.dtype]
-    if isinstance(model, Transformer):
-        for option in ("fold_ln", "center_writing", "center_unembed", "fold_value_biases"):
-            if getattr(config, option):
-                raise PahqError(f"{option}: the model is loaded already; give the option to load_model instead")
-        return model.to(config.device, dtype)
-    watch.say(f"loading {config.model} …")
-    return load_model(
-        model,
-        device=config.device,
-        dtype=dtype,
-        fold_ln=config.fold_ln,
-        center_writing=config.center_writing,
-        center_unembed=config.center_unembed,
-        fold_value_biases=config.fold_value_biases,
-    )
-
-
-def _absolute(config: RunConfig) -> RunConfig:
-    """Files and folders by their whole path, so that a run can be resumed from anywhere."""
-    paths = {}
-    for name in ("model", "task", "policy"):
-        spec = getattr(config, name)
-        # A plain word is a model's, task's or policy's name, even where a folder happens to be called the same.
-        if ("/" in spec or "." in spec) and Path(spec).exists():
-            paths[name] = str(Path(spec).resolve())
-    return replace(config, **paths)
-
-
-def _metric(asked: str | None, task: Task) -> str:
-    """The metric's name; raises PahqError for one that is unknown or does not fit the task."""
-    if asked is None:
-        return task.default_metric
-    metric_class(asked)
-    if asked.partition(":")[0] not in task.metrics:
-        raise PahqError(f"metric '{asked}' does not fit task {task.name}; choose one of {', '.join(task.metrics)}")
-    return asked
-
-
-def _held_out(task: Task, model: Transformer, config: RunConfig) -> tuple[Prompts | None, str]:
-    """As many test prompts as were asked for, or the reason why there are none."""
-    try:
-        return task.prompts(model, config.n, config.seed, "test"), ""
-    except PahqError as error:
-        return None, str(error)
-
-
 def _search_figures(spent: dict[str, Any], result: AcdcResult, model: Transformer) -> dict[str, Any]:
     total = sum(spent["flops"].values())
     peak = machine.gemm_peak(model.device, model.dtype)
@@ -397,7 +325,3 @@ def _search_figures(spent: dict[str, Any], result: AcdcResult, model: Transforme
         "peak_flops_per_second": peak,
         "share_of_peak": rate / peak,
     }
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -9,7 +9,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from pahq import api
 from pahq.errors import PahqError
 from pahq.evaluation.circuit import Circuit
 from pahq.evaluation.precision.groups import measure_groups
@@ -17,6 +16,7 @@ from pahq.evaluation.precision.replay import Tested, sweep_of
 from pahq.evaluation.precision.sensitivity import FORMATS, Watcher, measure_sensitivity
 from pahq.evaluation.precision.snr import measure_snr
 from pahq.files import read_json
+from pahq.inputs import DTYPES, absolute, device_of, metric_of, task_options, timestamp
 from pahq.method.acdc import AcdcOptions, Progress
 from pahq.model import Transformer, load_model
 from pahq.precision.policy import get_policy
@@ -179,11 +179,11 @@ def _study(
 ) -> dict[str, Any]:
     """Loads, measures and writes. watch: told about the course. command: what was typed, for the record."""
     watch = Watch() if watch is None else watch
-    began, started = time.perf_counter(), api._now()
-    task = get_task(config.task, **api._task_options(config))
-    config = replace(api._absolute(config), metric=api._metric(config.metric, task))
+    began, started = time.perf_counter(), timestamp()
+    task = get_task(config.task, **task_options(config))
+    config = replace(absolute(config), metric=metric_of(config.metric, task))
     assert config.metric is not None
-    get_policy(config.policy, config.under_test).require(api._device(config.device), api.DTYPES[config.dtype])
+    get_policy(config.policy, config.under_test).require(device_of(config.device), DTYPES[config.dtype])
     folder = StudyFolder(out, name)
     try:
         watch.say(f"loading {config.model} …")
@@ -208,7 +208,7 @@ def _study(
             "machine": machine.describe(model.device),
             "source": dict(model.source),
             "started": started,
-            "finished": api._now(),
+            "finished": timestamp(),
             "peak_memory": machine.peak_memory(model.device),
             "total_seconds": time.perf_counter() - began,
             "figures": figures,
