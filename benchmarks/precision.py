@@ -1,0 +1,399 @@
+"""Precision policies on SmolLM2-135M: decisions, circuits, time and memory beside FP32's.
+
+The table's columns, by policy (``exact``: decisions that low precision cannot bear are taken in FP32):
+
+agree   share of decisions equal to FP32's. Two sweeps part after the first different decision, so every state of the
+        policy's own sweep is evaluated in FP32 as well (Acdc's check), on the same base. Of exact decisions, those
+        within FP32's own rounding noise of the threshold are counted apart; whole sweeps, nothing is sampled.
+F1      of the kept edges against the FP32 circuit of the same threshold, prompts and seed.
+AUC     of a sweep of thresholds against the FP32 circuit at the reference threshold: standard (trapezoids), and
+        the ACDC paper's pessimistic one.
+time    of a sweep, construction included, in a process of its own after the model is warm.
+weights on a device: low-precision copies, and buffers for the FP32 weights that stream; share of FP32's bytes.
+peak    resident memory of that process (the model's FP32 weights, which are on the same host here, included).
+
+Timings and F1 use --n prompts; agreement and AUC, which take many sweeps, use --sweep-n. Every sweep is a process of
+its own; one that fails is reported, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from common import finish, header, median, parser
+from pahq.errors import PahqError
+from pahq.evaluation.roc import Point, auc, f1, pessimistic_auc, rates
+from pahq.files import write_json
+from pahq.method.margin import NOISE
+from sweeps import METRIC, ROWS, work
+
+Answer = dict[str, Any]
+EXACT = tuple(row for row in ROWS if row.endswith("exact"))
+REPEATED = ("fp32", "bf16 exact", "int8 exact")
+"""Rows that are timed with every draw of prompts; the others with the first."""
+DECIDED = (0.01, 0.001)
+"""Thresholds at which the targets ask for pahq's decisions."""
+TARGETS: dict[str, tuple[str, float]] = {
+    "agree_exact": (">=", 1.0),
+    "agree_plain_0.01": (">=", 0.995),
+    "agree_plain_0.001": (">=", 0.99),
+    "escalated_0.01": ("<=", 0.03),
+    "escalated_0.001": ("<=", 0.10),
+    "auc_values": (">=", 0.96),
+    "auc_plain": (">=", 0.99),
+    "auc_rtn": ("<=", 0.6),
+    "weight_ratio": ("<=", 0.45),
+    "time_ratio": ("<=", 0.5),
+    "pfe_mixed": ("<=", 0.012),
+}
+
+
+class Runner:
+    """Has jobs done in processes of their own and keeps their answers. A job that fails has no answer."""
+
+    def __init__(self, given: argparse.Namespace, facts: dict[str, Any]) -> None:
+        self.given, self.facts, self.start = given, facts, time.monotonic()
+        self.answers: dict[str, Answer] = {}
+        self.failures: dict[str, str] = {}
+
+    def ask(self, task: str, kind: str, **job: Any) -> Answer | None:
+        """The answer to a job, asked only once; None if it failed, or if the time for the whole run is over."""
+        job = {"kind": kind, "model": self.given.model, "task": task, **job}
+        key = json.dumps(job, sort_keys=True)
+        if key in self.answers or key in self.failures:
+            return self.answers.get(key)
+        name = " ".join(str(job[part]) for part in ("row", "threshold") if part in job) or kind
+        what = f"  {task} {kind if 'row' in job else ''} {name}, {job['n']} prompts, seed {job['seed']}"
+        if time.monotonic() - self.start > 60 * self.given.minutes:
+            self.failures[key] = f"left out: {self.given.minutes} minutes are over"
+        else:
+            self._run(key)
+        if key in self.failures:
+            print(f"{what}: {self.failures[key]}", flush=True)
+            return None
+        print(f"{what}: {_told(self.answers[key])}", flush=True)
+        if self.given.out is not None:  # so that a run cut short leaves what it found
+            write_json(self.given.out, {**self.facts, "unfinished": True, "answers": self.answers})
+        return self.answers[key]
+
+    def _run(self, key: str) -> None:
+        if self.given.in_process:
+            try:
+                self.answers[key] = work(json.loads(key)) | {"process_s": 0.0}
+            except PahqError as error:
+                self.failures[key] = f"failed: error: {error}"
+            return
+        command = [sys.executable, __file__, "--worker", key]
+        began = time.monotonic()
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60 * self.given.patience)
+        except subprocess.TimeoutExpired:
+            self.failures[key] = f"failed: not done after {self.given.patience} minutes"
+            return
+        lines = done.stdout.strip().splitlines()
+        if done.returncode or not lines:
+            reason = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            self.failures[key] = f"failed: {reason[-1]}"
+            return
+        self.answers[key] = json.loads(lines[-1]) | {"process_s": time.monotonic() - began}
+
+
+def _told(answer: Answer) -> str:
+    """What a line on screen says about an answer."""
+    if "seconds" not in answer:
+        return f"{answer['process_s']:.0f} s"
+    told = f"{answer['tests']} tests, {len(answer['kept'])} kept, {answer['seconds']:.1f} s"
+    precision, check = answer["precision"], answer["check"]
+    if precision["refined"]:
+        told += f", {precision['refined_share']:.2%} escalated"
+    if check is not None:
+        told += f", {check['disagreements']} of {check['checked']} decisions differ, {check['within_noise']} in noise"
+    return told
+
+
+class TaskRun:
+    """All that is measured on one task, in the order in which it is wanted if time is short."""
+
+    def __init__(self, runner: Runner, task: str) -> None:
+        self.runner, self.task, self.given = runner, task, runner.given
+        self.details: dict[str, Any] = {}
+        self.figures: dict[str, float] = {}
+        self.rows: dict[str, dict[str, float]] = {row: {} for row in ROWS}
+
+    def run(self) -> None:
+        print(f"\n{self.task}", flush=True)
+        self._facts()
+        self._timings()
+        self._reference()
+        self._decisions(("pahq", "pahq exact"), DECIDED)
+        self._curves()
+        self._decisions([row for row in ROWS if row != "fp32"], [self.given.reference])
+        if self.given.full:
+            self._decisions([row for row in ROWS if row != "fp32"], DECIDED)
+        self._agreement_figures()
+        self._rtn()
+
+    def sweep(self, row: str, threshold: float, check: bool) -> Answer | None:
+        """An untimed sweep, with the check if one was asked for at that threshold."""
+        return self.runner.ask(
+            self.task,
+            "sweep",
+            row=row,
+            threshold=threshold,
+            n=self.given.sweep_n,
+            seed=self.given.seed,
+            check=check,
+            plain=False,
+        )
+
+    def checked(self, row: str, threshold: float) -> bool:
+        """Whether the sweep with these choices is to be checked, so that each is made once for all columns."""
+        if row == "fp32":
+            return False
+        decided = threshold in DECIDED and (row in ("pahq", "pahq exact") or self.given.full)
+        return decided or threshold == self.given.reference
+
+    def _facts(self) -> None:
+        facts = self.runner.ask(self.task, "facts", n=self.given.sweep_n, seed=self.given.seed)
+        if facts is None:
+            return
+        self.details |= {"facts": facts}
+        scale = facts["corrupted_metric"]
+        print(f"  thresholds are the papers' own, unscaled, since KL is in nats whatever the model. Here the corrupted "
+              f"prompts' KL from the clean run is {scale:.3g}, of which 0.01 is {0.01 / scale:.1e} and 0.001 "
+              f"{0.001 / scale:.1e}; the papers print no such figure for GPT-2 to compare with")  # fmt: skip
+        for row, (policy, _) in ROWS.items():
+            self.rows[row]["weights"] = sum(facts["weights"][policy].values())
+            self.rows[row]["weight_ratio"] = self.rows[row]["weights"] / facts["fp32_bytes"]
+        parts = ", ".join(f"{k} {v / facts['fp32_bytes']:.3f}" for k, v in facts["weights"]["pahq"].items())
+        print(f"  pahq's weights on a device, as shares of FP32's {facts['fp32_bytes'] / 2**20:.0f} MiB: {parts}")
+        self.figures["weight_ratio"] = self.rows["pahq"]["weight_ratio"]
+
+    def _timings(self) -> None:
+        """Interleaved sweeps at the reference threshold; another draw of prompts each round."""
+        given, kept = self.given, dict[str, np.ndarray]()
+        ratios: dict[str, list[float]] = {row: [] for row in REPEATED}
+        pfe: dict[str, list[float]] = {row: [] for row in REPEATED}
+        seconds: dict[str, list[float]] = {row: [] for row in ROWS}
+        for repeat in range(given.repeats):
+            spent: dict[str, float] = {}
+            for row in ROWS if repeat == 0 else REPEATED:
+                found = self.runner.ask(
+                    self.task,
+                    "sweep",
+                    row=row,
+                    threshold=given.reference,
+                    n=given.n,
+                    seed=given.seed + repeat,
+                    check=False,
+                    plain=row in REPEATED,
+                )
+                if found is None:
+                    continue
+                spent[row] = found["seconds"]
+                seconds[row].append(found["seconds"])
+                if row in REPEATED:
+                    pfe[row].append(found["seconds"] / found["tests"] / found["plain_s"])
+                if repeat == 0:
+                    kept[row] = np.array(found["kept"], dtype=np.int64)
+                    self.rows[row] |= {"peak": found["peak_bytes"], "kept": len(found["kept"])}
+            for row in REPEATED:
+                if row in spent and "fp32" in spent:
+                    ratios[row].append(spent[row] / spent["fp32"])
+        for row, times in seconds.items():
+            if times:
+                self.rows[row]["time"] = median(times)
+            if row in kept and "fp32" in kept:
+                self.rows[row]["f1"] = f1(_mask(kept[row], kept["fp32"]), _mask(kept["fp32"], kept[row]))
+        self.details["timings"] = {"seconds": seconds, "ratios_to_fp32": ratios, "pfe": pfe}
+        middle = {row: median(ratios[row]) for row in EXACT if ratios.get(row)}
+        if middle:
+            fastest = min(middle, key=lambda row: middle[row])
+            self.figures |= {"time_ratio": middle[fastest], "pfe_mixed": median(pfe[fastest])}
+            self.details["fastest_exact"] = fastest
+            print(f"  fastest exact policy: {fastest}, {middle[fastest]:.3f} of fp32's time, "
+                  f"{self.figures['pfe_mixed']:.4f} plain passes a test (fp32 {median(pfe['fp32']):.4f})")  # fmt: skip
+
+    def _reference(self) -> None:
+        """FP32's circuit and its own noise, on the prompts of the many sweeps."""
+        given = self.given
+        found = self.runner.ask(
+            self.task, "reference", threshold=given.reference, n=given.sweep_n, seed=given.seed, sample=given.sample
+        )
+        if found is None:
+            return
+        self.details["reference"] = found
+        noise = found["noise"]
+        largest = max(noise["largest"].values())
+        self.details["fp32_noise"] = largest
+        print(f"  FP32's own noise: effects of {noise['sampled']} tests in other orders of summation differ by at most "
+              + ", ".join(f"{value:.1e} ({pair})" for pair, value in noise["largest"].items())
+              + f"; a decision counts as within noise nearer than {NOISE:.0e} to the threshold")  # fmt: skip
+
+    def _decisions(self, rows: Iterable[str], thresholds: Iterable[float]) -> None:
+        for threshold in thresholds:
+            for row in rows:
+                found = self.sweep(row, threshold, True)
+                if found is not None:
+                    check = found["check"]
+                    apart = check["within_noise"] if row in EXACT else 0
+                    share = 1 - (check["disagreements"] - apart) / max(1, check["checked"])
+                    self.rows[row][f"agree_{threshold:g}"] = share
+                    self.rows[row][f"escalated_{threshold:g}"] = found["precision"]["refined_share"]
+
+    def _agreement_figures(self) -> None:
+        for threshold in DECIDED:
+            exact, plain = self.rows["pahq exact"], self.rows["pahq"]
+            if f"agree_{threshold:g}" in plain:
+                self.figures[f"agree_plain_{threshold:g}"] = plain[f"agree_{threshold:g}"]
+            if f"escalated_{threshold:g}" in exact:
+                self.figures[f"escalated_{threshold:g}"] = exact[f"escalated_{threshold:g}"]
+        exact = [self.rows["pahq exact"].get(f"agree_{threshold:g}") for threshold in DECIDED]
+        if None not in exact:
+            self.figures["agree_exact"] = min(share for share in exact if share is not None)
+
+    def _curves(self) -> None:
+        """AUC of the rows asked for; thresholds from the highest, whose sweeps are the shortest."""
+        given, reference = self.given, self.details.get("reference")
+        if reference is None:
+            return
+        edges, wanted = (_places(reference[name], reference["places"]) for name in ("edges", "kept"))
+        try:
+            rates(wanted, wanted, edges)
+        except PahqError as error:
+            print(f"  no AUC: {error}")
+            return
+        points: dict[str, dict[str, Point]] = {row: {} for row in given.auc}
+        for threshold in sorted(given.thresholds, reverse=True):
+            for row in given.auc:
+                found = self.sweep(row, threshold, self.checked(row, threshold))
+                if found is not None:
+                    kept = _places(found["kept"], reference["places"])
+                    points[row][f"{threshold:g}"] = rates(kept, wanted, edges)
+        self.details["roc"] = points
+        for row, some in points.items():
+            if some:
+                self.rows[row] |= {"auc": auc(some.values()), "pessimistic_auc": pessimistic_auc(some.values())}
+        for row, name in (("pahq-values", "auc_values"), ("pahq", "auc_plain"), ("rtn", "auc_rtn")):
+            if "auc" in self.rows[row]:
+                self.figures[name] = self.rows[row]["auc"]
+
+    def _rtn(self) -> None:
+        """Why rounding everything fails."""
+        found = self.sweep("rtn", self.given.reference, True)
+        if found is not None:
+            additions = found["additions"]
+            self.details["rtn"] = {"zero_effects": found["zero_effects"], **additions, "tests": found["tests"]}
+            print(f"  rtn: {found['zero_effects']:.1%} of {found['tests']} effects are exactly zero; of "
+                  f"{additions['additions']} residual additions of the clean and the corrupted run "
+                  f"{additions['lost_share']:.1%} leave no trace of the addend")  # fmt: skip
+
+    def table(self) -> None:
+        agree = [f"agree_{threshold:g}" for threshold in sorted({self.given.reference, *DECIDED}, reverse=True)]
+        columns = [(name, name.replace("_", " "), ".3%") for name in agree]
+        columns += [("f1", "F1", ".3f"), ("auc", "AUC", ".3f"), ("pessimistic_auc", "pess. AUC", ".3f")]
+        columns += [("time", "time s", ".1f"), ("weight_ratio", "weights", ".3f"), ("weights", "MiB", "MiB")]
+        columns += [("peak", "peak MiB", "MiB"), ("kept", "kept", ".0f")]
+        print(f"\n{self.task}, {METRIC}, resample; F1, time and peak at threshold {self.given.reference:g}")
+        print(f"{'':12}" + "".join(f"{title:>12}" for _, title, _ in columns))
+        for row, found in self.rows.items():
+            cells = [_cell(found.get(name), form) for name, _, form in columns]
+            print(f"{row:12}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
+
+
+def _cell(value: float | None, form: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value / 2**20:.0f}" if form == "MiB" else f"{value:{form}}"
+
+
+def _places(flat: Iterable[int], size: int) -> np.ndarray:
+    mask = np.zeros(size, dtype=bool)
+    mask[list(flat)] = True
+    return mask
+
+
+def _mask(flat: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Places as bool [largest place of both + 1]."""
+    return _places(flat.tolist(), 1 + int(max([0, *flat.tolist(), *other.tolist()])))
+
+
+def targets(figures: dict[str, float]) -> None:
+    print("\ntargets (ioi)")
+    for name, (sign, goal) in TARGETS.items():
+        if name not in figures:
+            print(f"  {name:20} not measured")
+            continue
+        met = figures[name] >= goal if sign == ">=" else figures[name] <= goal
+        print(f"  {name:20} {figures[name]:.5g} {sign} {goal:g}: {'met' if met else 'NOT MET'}")
+
+
+def options() -> argparse.Namespace:
+    made = parser(__doc__)
+    made.formatter_class = argparse.RawDescriptionHelpFormatter
+    made.add_argument("--model", default="smollm2-135m", help="a name or path (default smollm2-135m)")
+    made.add_argument("--tasks", default="ioi", help="names or files, with commas (default ioi; the figures are its)")
+    made.add_argument("--n", type=int, default=16, help="prompts of timed sweeps (default 16)")
+    made.add_argument("--sweep-n", type=int, default=8, help="prompts of agreement and AUC (default 8)")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--reference", type=float, default=0.05, help="threshold of the FP32 circuit (default 0.05)")
+    made.add_argument("--thresholds", default="0.3,0.1,0.05,0.02,0.01", help="of the AUC's sweeps")
+    made.add_argument("--auc", default="pahq,pahq-values,rtn", help="rows that get an AUC")
+    made.add_argument("--repeats", type=int, default=3, help="draws of prompts that are timed (default 3)")
+    made.add_argument("--sample", type=int, default=60, help="tests on which FP32's noise is measured (default 60)")
+    made.add_argument("--full", action="store_true", help="agreement of every row at 0.01 and 0.001 too (long)")
+    made.add_argument("--quick", action="store_true", help="4 prompts, one repeat, three thresholds")
+    made.add_argument("--minutes", type=float, default=60.0, help="no new sweep after so many (default 60)")
+    made.add_argument("--patience", type=float, default=30.0, help="minutes that one sweep may take (default 30)")
+    made.add_argument("--in-process", action="store_true", help="no processes of their own: peaks mean nothing then")
+    made.add_argument("--worker", help=argparse.SUPPRESS)
+    given = made.parse_args()
+    if given.quick:
+        given.n, given.sweep_n, given.repeats, given.sample, given.thresholds = 8, 4, 1, 20, "0.3,0.1,0.05"
+    try:
+        given.thresholds = sorted({float(threshold) for threshold in given.thresholds.split(",")})
+    except ValueError:
+        made.error(f"--thresholds '{given.thresholds}': give numbers with commas, for example 0.1,0.05")
+    given.auc = given.auc.split(",")
+    for row in given.auc:
+        if row not in ROWS:
+            made.error(f"--auc '{row}' is no row of the table; choose from {', '.join(ROWS)}")
+    return given
+
+
+def main() -> None:
+    given = options()
+    if given.worker is not None:
+        try:
+            print(json.dumps(work(json.loads(given.worker))))
+        except PahqError as error:
+            sys.exit(f"error: {error}")
+        return
+    facts = header()
+    runner, figures, details = Runner(given, facts), dict[str, float](), dict[str, Any]()
+    runs = [TaskRun(runner, task) for task in given.tasks.split(",")]
+    for index, run in enumerate(runs):
+        run.run()
+        suffix = "" if index == 0 else f"_{run.task}"
+        figures |= {f"{name}{suffix}": value for name, value in run.figures.items()}
+        details[run.task] = {"rows": run.rows, **run.details}
+        run.table()
+    details |= {"options": {k: str(v) for k, v in vars(given).items()}, "failures": runner.failures}
+    details["sweeps"] = [{"job": json.loads(key), **answer} for key, answer in runner.answers.items()]
+    if runs[0].task == "ioi":
+        targets(figures)
+    for key, reason in runner.failures.items():
+        print(f"{reason}: {key}")
+    finish(given.out, facts, figures, details)
+
+
+if __name__ == "__main__":
+    main()
