@@ -36,6 +36,7 @@ from pahq.precision.schedule import STREAMS, Done, Scheduler, make_scheduler
 from pahq.precision.trace import Trace
 from pahq.precision.virtual import VirtualScheduler
 from pahq.report.machine import describe
+from streams_engine import sweeps as engine_sweeps
 
 VARIANTS = {"all": STREAMS, "no_load": ("low", "high"), "no_split": ("load",), "none": ()}
 
@@ -246,11 +247,6 @@ def modelled(size: str, given: argparse.Namespace) -> tuple[dict[str, float], di
     return figures(size, ms, "modelled_"), {"ms": ms, "overlap_load_low_ms": traced}
 
 
-def with_engine(size: str, given: argparse.Namespace) -> tuple[dict[str, float], dict[str, Any]]:
-    """A sweep under policy pahq with the streams on and off: nothing yet, since the engine takes no scheduler."""
-    return {}, {}
-
-
 def figures(size: str, ms: dict[str, float], prefix: str) -> dict[str, float]:
     named = {f"{prefix}ms_{name}_{size}": value for name, value in ms.items()}
     speedups = {
@@ -293,6 +289,8 @@ def options() -> argparse.Namespace:
     made.add_argument("--repeats", type=int, default=3, help="rounds over all variants, on a GPU (default 3)")
     made.add_argument("--batch", type=int, default=50, help="prompts (default 50, the paper's)")
     made.add_argument("--tokens", type=int, default=15, help="tokens of a prompt (default 15)")
+    made.add_argument("--engine", default="gpt2,1b", help="sizes swept with the engine, on a GPU (default gpt2,1b)")
+    made.add_argument("--engine-tests", type=int, default=1000, help="edges of such a sweep (default 1000)")
     made.add_argument("--trace", type=Path, metavar="FOLDER", help="write Chrome traces there")
     rates = made.add_argument_group("rates of the modelled device (defaults: about an H100's; stated, not measured)")
     rates.add_argument("--pcie-gbs", type=float, default=50.0, help="host to device, GB/s")
@@ -324,8 +322,15 @@ def main() -> None:
     details: dict[str, Any] = {"options": {k: str(v) for k, v in vars(given).items()}}
     for size in given.sizes.split(","):
         some, details[size] = (measured if on_gpu else modelled)(size, given)
-        engine, details[f"engine_{size}"] = with_engine(size, given)
-        found |= some | engine
+        found |= some
+        if size in given.engine.split(",") and on_gpu:
+            device = torch.device("cuda", 0)
+            some, details[f"engine_{size}"] = engine_sweeps(
+                size, SIZES[size], device, given.batch, given.tokens, given.engine_tests, given.repeats
+            )
+            found |= some
+    some, details["engine_tiny"] = engine_sweeps("tiny", TINY, torch.device("cpu"), 8, 12, 200, given.repeats)
+    found |= some
     some, details["threads"] = threaded(given)
     finish(given.out, facts, found | some, details)
 

@@ -228,16 +228,20 @@ def test_resumed_runs_learn_the_same_margin(name: str, monkeypatch: pytest.Monke
         assert again.stats["precision"]["largest_error"] == whole.stats["precision"]["largest_error"]
 
 
-def test_margin_is_ready_after_enough_observations() -> None:
+def test_margin_is_ready_after_enough_observations_of_the_kind() -> None:
     one = Margin()
-    assert not one.ready
+    assert not one.ready("q")
     for _ in range(margin.ENOUGH - 1):
-        one.observe(1e-4, 0.1)
-    one.observe(1e-4, 0.0)  # did not move: tells nothing of how errors grow
-    one.observe(0.0, 0.1)  # nothing was rounded: likewise
-    assert not one.ready
-    one.observe(1e-4, 0.1)
-    assert one.ready
+        one.observe("q", 1e-4, 0.1)
+    one.observe("q", 1e-4, 0.0)  # did not move: tells nothing of how errors grow
+    one.observe("q", 0.0, 0.1)  # nothing was rounded: tells little
+    assert not one.ready("q")
+    one.observe("q", 1e-4, 0.1)
+    assert one.ready("q")
+    assert not one.ready("mlp")
+    for _ in range(margin.ENOUGH_EXACT):
+        one.observe("logits", 0.0, 0.1)
+    assert one.ready("logits")
 
 
 def test_margin_covers_what_was_seen() -> None:
@@ -245,7 +249,7 @@ def test_margin_covers_what_was_seen() -> None:
     moved = draw.uniform(0.01, 1.0, 100)
     errors = moved * draw.uniform(0, 1e-2, 100)
     for error, length in zip(errors.tolist(), moved.tolist(), strict=True):
-        one.observe(error, length)
+        one.observe("q", error, length)
     margins = one.of(moved, 0.5)
     assert bool((margins >= errors).all())
     assert one.error == errors.max()

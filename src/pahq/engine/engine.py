@@ -159,7 +159,8 @@ class Engine:
         if final is not None:
             first, values = final
             if chained:
-                chain = Chained(self._base, batch.spine[first:].tolist(), self.store)
+                likely = rows.likely - first if self.screening and rows.likely >= first else None
+                chain = Chained(self._base, batch.spine[first:].tolist(), self.store, likely)
             read = self.vocabulary.read(values, not self.screening, chain)
             metrics[first:] = self.metric(read).cpu().numpy()
             slack[first:], moved[first:] = read.slack, read.moved
@@ -187,7 +188,9 @@ class Engine:
         self.escalated += len(states)
         self._since_rebase[1] += len(states)
         rows = torch.tensor([state - first for state in states], device=final.device)
-        chain = None if now.chain is None else replace(now.chain, spine=now.rows.batch.spine[states].tolist())
+        chain = (
+            None if now.chain is None else replace(now.chain, spine=now.rows.batch.spine[states].tolist(), likely=None)
+        )
         read = self.vocabulary.read(final[rows], full=True, chained=chain)
         now.metrics[states], now.slack[states] = self.metric(read).cpu().numpy(), 0.0
         for state, total in zip(states, read.logsumexp(), strict=True):
@@ -306,7 +309,11 @@ class Engine:
         first, final = one.final
         self._base_final = final[state - first].clone()
         read, at = one.read, state - first
-        if chained:  # the next batch's logits start from these, which the chain's end only comes near
+        if chained:
+            screen, carried = self.vocabulary.screen, ()
+            if screen is not None and read is not None and state == one.rows.likely:
+                carried = read.carried(screen.columns)
+            self._chain_base = ChainBase(self._base_final, self.model, carried)
             read, at = self.vocabulary.read_base(self._base, full=not self.screening), 0
             self.base_metric, self.base_slack = float(self.metric(read)[0]), float(read.slack[0])
         moved = 0.0 if read is None else float(read.slack[at])

@@ -18,6 +18,8 @@ from pahq.precision.store import WeightStore
 
 SAFE_EXPONENT = 60.0
 """exp of a log-sum-exp up to here, either way, stays well inside float32's range."""
+Products = tuple[tuple[Tensor, Tensor], ...]
+"""(columns [d, m], logits [N * P, m] of a state with them)"""
 FAR_ELEMENTS = 1 << 24
 """Logits held at a time for states beyond that."""
 
@@ -89,12 +91,15 @@ class Vocabulary:
 
 
 class ChainBase:
-    """The base state that a chain starts from. final: its residual stream at the read positions [N, P, d]."""
+    """The base state that a chain starts from. final: its residual stream at the read positions [N, P, d].
 
-    def __init__(self, final: Tensor, model: Transformer) -> None:
+    carried: logits that the chain of an earlier batch arrived at, see ``VocabularyReadout.carried``.
+    """
+
+    def __init__(self, final: Tensor, model: Transformer, carried: Products = ()) -> None:
         self.final, self.model = final, model
         self.h = model.unembed_input(final)
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._kept = list(carried)
 
     def logits(self, columns: Tensor, part: slice, offset: Tensor | None) -> Tensor:
         """h [N * P, d] times part of the columns [d, m], plus part of the offset. Not to be changed in place."""
@@ -113,12 +118,13 @@ class ChainBase:
 class Chained:
     """The states of a readout as a chain (see ``engine.chains``).
 
-    base: where it starts; spine: bool [S]; store: has the unembedding.
+    base: where it starts; spine: bool [S]; store: has the unembedding; likely: the state that may be the next base.
     """
 
     base: ChainBase
     spine: list[bool]
     store: WeightStore
+    likely: int | None = None
 
 
 class VocabularyReadout:
@@ -141,6 +147,7 @@ class VocabularyReadout:
         self.missed: tuple[Tensor, Tensor] | None = None  # of a screened sum: (without, estimate) [S, N, P] each
         self._logsumexp: Tensor | None = None
         self._change: Rounded | None = None
+        self._carried: list[tuple[Tensor, Tensor]] = []
         self.moved = np.zeros(h.shape[0])
         """Length of the change from a state's parent: root of its mean square over positions read, float64 [S]."""
         if chained is not None:
@@ -159,8 +166,21 @@ class VocabularyReadout:
         if self.chained is None or self._change is None or low is None:
             out = (self.h.reshape(-1, width) @ columns[:, part]).view(states, -1, columns[:, part].shape[1])
             return out if offset is None else out.add_(offset[:, part])
-        tip = self.chained.base.logits(columns, part, offset)
-        return chain.sums(low.part(part).product(self._change).view(states, *tip.shape), tip, self.chained.spine)
+        tip = self.chained.base.logits(columns, part, None)
+        out = chain.sums(low.part(part).product(self._change).view(states, *tip.shape), tip, self.chained.spine)
+        if self.chained.likely is not None:
+            self._carried.append((columns, out[self.chained.likely].clone()))
+        return out if offset is None else out.add_(offset[:, part])
+
+    def carried(self, columns: Tensor) -> Products:
+        """Logits [N * P, m] of the likely next base with the columns [d, m], as its chain ends: the next one's start.
+
+        (Its own product would differ by the chain's rounding, and so shift all effects of the next batch.)
+        """
+        pieces = [piece for known, piece in self._carried if known is columns]
+        if sum(piece.shape[1] for piece in pieces) != columns.shape[1]:
+            return ()
+        return ((columns, torch.cat(pieces, dim=-1)),)
 
     def select(self, ids: Tensor) -> Tensor:
         model, ids = self.vocabulary.model, ids.clamp(min=0)

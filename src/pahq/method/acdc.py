@@ -219,7 +219,8 @@ class Acdc:
         metrics, slack = self.engine.evaluate(batch)
         cost = (self.engine.flops.recurring - before) / len(metrics)
         self.speculator.overhead = self.engine.batch_overhead / max(cost, 1.0)
-        measured = self.measurer.measure(metrics, slack, guesses, len(self.decisions))
+        kinds = [self.graph.receivers[row].kind for row, _ in batch.candidates]
+        measured = self.measurer.measure(metrics, slack, guesses, kinds, len(self.decisions))
         self._states += len(metrics)
         self._batches += 1
         decided: list[Decision] = []
@@ -269,7 +270,7 @@ class Acdc:
     def _learn(self, decision: Decision) -> None:
         """Takes in what a decision tells about low precision's errors; the journal has it for a resumed run."""
         if decision.error is not None and decision.moved is not None:
-            self.measurer.margin.observe(decision.error, decision.moved)
+            self.measurer.margin.observe(self.graph.receivers[decision.row].kind, decision.error, decision.moved)
 
     def _checkpoint(self, decided: list[Decision]) -> None:
         """From here on nothing depends on how the state was reached, so that a resumed run goes the same way."""

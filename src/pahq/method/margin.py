@@ -2,15 +2,19 @@
 
 The error of an effect grows with how far the edge's removal moves the final residual stream, not with the effect
 or the values themselves: an edge whose large changes cancel in the metric still has their rounding errors. So
-the margin is a multiple of the largest ratio of the two that was seen, plus FP32's own rounding noise.
+the margin is a multiple of the largest ratio of the two that was seen, plus FP32's own rounding noise. Kinds of
+receivers err differently (a head under test is FP32, an MLP is not), so each has to be seen often enough.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
-ENOUGH = 32
-"""Effects measured both ways, and found to differ, before the margin is relied on."""
+ENOUGH, ENOUGH_EXACT = 16, 64
+"""Effects of a kind of receiver measured both ways and found to differ, or found to differ or not, before the margin
+is relied on for that kind."""
 SAFETY = 4.0
 NOISE = 3e-6
 """FP32's rounding noise of an effect, as a share of the metric's size (at least 1)."""
@@ -21,17 +25,27 @@ class Margin:
 
     def __init__(self) -> None:
         self.largest = self.error = 0.0
-        self.seen = 0
+        self._differed: Counter[str] = Counter()
+        self._seen: Counter[str] = Counter()
 
     @property
-    def ready(self) -> bool:
-        return self.seen >= ENOUGH
+    def seen(self) -> int:
+        """Effects measured both ways."""
+        return self._seen.total()
 
-    def observe(self, error: float, moved: float) -> None:
-        """Takes in |low-precision effect - FP32 effect| of a state that lies ``moved`` from its parent."""
+    def ready(self, kind: str) -> bool:
+        """Whether it may be relied on for receivers of a kind."""
+        return self._differed[kind] >= ENOUGH or self._seen[kind] >= ENOUGH_EXACT
+
+    def observe(self, kind: str, error: float, moved: float) -> None:
+        """Takes in |low-precision effect - FP32 effect| of a state that lies ``moved`` from its parent.
+
+        kind: of the receiver that the state tests an edge into.
+        """
         self.error = max(self.error, error)
         if moved > 0:
-            self.seen += error > NOISE  # where nothing was rounded, nothing is told about rounding
+            self._seen[kind] += 1
+            self._differed[kind] += error > NOISE  # where nothing was rounded, little is told about rounding
             self.largest = max(self.largest, (error - NOISE) / moved)
 
     def of(self, moved: np.ndarray, metric: float) -> np.ndarray:

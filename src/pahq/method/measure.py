@@ -44,9 +44,14 @@ class Measurer:
         self.engine, self.threshold, self.absolute, self.exact = engine, threshold, absolute, exact
         self.margin = Margin()
 
-    def measure(self, metrics: np.ndarray, slack: np.ndarray, guesses: list[bool], order: int) -> list[Measured]:
-        """The states of the batch just evaluated. metrics, slack: as it gave them; order: of the first state's test."""
-        self._metrics, self._slack = metrics, slack
+    def measure(
+        self, metrics: np.ndarray, slack: np.ndarray, guesses: list[bool], kinds: list[str], order: int
+    ) -> list[Measured]:
+        """The states of the batch just evaluated.
+
+        metrics, slack: as it gave them; kinds: of the receivers that they test; order: of the first state's test.
+        """
+        self._metrics, self._slack, self._kinds = metrics, slack, kinds
         self._parents = parents([not guess for guess in guesses[: len(metrics)]])
         self._sharpen(guesses)
         fine = self._refine(guesses, order) if self.exact else {}
@@ -114,7 +119,7 @@ class Measurer:
                 size, doubt = fine[state] - fine[parent], 0.0
                 size = abs(size) if self.absolute else size
             near = abs(size - self.threshold) <= doubt
-            if not self.margin.ready or (order + state) % AUDIT == 0 or (near and not known):
+            if not self.margin.ready(self._kinds[state]) or (order + state) % AUDIT == 0 or (near and not known):
                 wanted |= {state, parent}
             elif (not size < self.threshold) != guesses[state]:
                 break  # what comes after a wrong guess is evaluated anew
