@@ -12,8 +12,8 @@ time    of a sweep, construction included, in a process of its own after the mod
 weights on a device: low-precision copies, and buffers for the FP32 weights that stream; share of FP32's bytes.
 peak    resident memory of that process (the model's FP32 weights, which are on the same host here, included).
 
-Timings and F1 use --n prompts; agreement and AUC, which take many sweeps, use --sweep-n. Every sweep is a process of
-its own; one that fails is reported, and the rest goes on.
+Timings and F1 use --n prompts; agreement and AUC, which take many sweeps, use --sweep-n, and so does all of rtn,
+whose sweeps are long. Every sweep is a process of its own; one that fails is reported, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ Answer = dict[str, Any]
 EXACT = tuple(row for row in ROWS if row.endswith("exact"))
 REPEATED = ("fp32", "bf16 exact", "int8 exact")
 """Rows that are timed with every draw of prompts; the others with the first."""
+SLOW = "rtn"
+"""It rounds the metric, so that every state takes the whole vocabulary: timed on --sweep-n prompts, few thresholds.
+
+Its effects are multiples of e4m3's steps, and so hardly depend on the threshold.
+"""
 DECIDED = (0.01, 0.001)
 """Thresholds at which the targets ask for pahq's decisions."""
 TARGETS: dict[str, tuple[str, float]] = {
@@ -131,15 +136,15 @@ class TaskRun:
     def run(self) -> None:
         print(f"\n{self.task}", flush=True)
         self._facts()
-        self._timings()
         self._reference()
+        self._timings()
         self._decisions(("pahq", "pahq exact"), DECIDED)
         self._curves()
+        self._rtn()
         self._decisions([row for row in ROWS if row != "fp32"], [self.given.reference])
         if self.given.full:
             self._decisions([row for row in ROWS if row != "fp32"], DECIDED)
         self._agreement_figures()
-        self._rtn()
 
     def sweep(self, row: str, threshold: float, check: bool) -> Answer | None:
         """An untimed sweep, with the check if one was asked for at that threshold."""
@@ -156,8 +161,8 @@ class TaskRun:
 
     def checked(self, row: str, threshold: float) -> bool:
         """Whether the sweep with these choices is to be checked, so that each is made once for all columns."""
-        if row == "fp32":
-            return False
+        if row in ("fp32", SLOW):
+            return False  # rtn's own sweep is timed, so that its check is another
         decided = threshold in DECIDED and (row in ("pahq", "pahq exact") or self.given.full)
         return decided or threshold == self.given.reference
 
@@ -185,7 +190,7 @@ class TaskRun:
         seconds: dict[str, list[float]] = {row: [] for row in ROWS}
         for repeat in range(given.repeats):
             spent: dict[str, float] = {}
-            for row in ROWS if repeat == 0 else REPEATED:
+            for row in [row for row in ROWS if row != SLOW] if repeat == 0 else REPEATED:
                 found = self.runner.ask(
                     self.task,
                     "sweep",
@@ -274,6 +279,8 @@ class TaskRun:
         points: dict[str, dict[str, Point]] = {row: {} for row in given.auc}
         for threshold in sorted(given.thresholds, reverse=True):
             for row in given.auc:
+                if row == SLOW and threshold not in (max(given.thresholds), given.reference):
+                    continue
                 found = self.sweep(row, threshold, self.checked(row, threshold))
                 if found is not None:
                     kept = _places(found["kept"], reference["places"])
@@ -288,21 +295,29 @@ class TaskRun:
 
     def _rtn(self) -> None:
         """Why rounding everything fails."""
-        found = self.sweep("rtn", self.given.reference, True)
-        if found is not None:
-            additions = found["additions"]
-            self.details["rtn"] = {"zero_effects": found["zero_effects"], **additions, "tests": found["tests"]}
-            print(f"  rtn: {found['zero_effects']:.1%} of {found['tests']} effects are exactly zero; of "
-                  f"{additions['additions']} residual additions of the clean and the corrupted run "
-                  f"{additions['lost_share']:.1%} leave no trace of the addend")  # fmt: skip
+        found, reference = self.sweep(SLOW, self.given.reference, False), self.details.get("reference")
+        if found is None:
+            return
+        additions = found["additions"]
+        self.details["rtn"] = {"zero_effects": found["zero_effects"], **additions, "tests": found["tests"]}
+        print(f"  rtn: {found['zero_effects']:.1%} of {found['tests']} effects are exactly zero; of "
+              f"{additions['additions']} numbers added to the residual stream of the clean and the corrupted run "
+              f"{additions['lost_share']:.1%} leave no trace")  # fmt: skip
+        row = self.rows[SLOW]
+        row |= {"time": found["seconds"], "peak": found["peak_bytes"], "kept": len(found["kept"])}
+        if reference is not None:
+            kept, wanted = (_places(one["kept"], reference["places"]) for one in (found, reference))
+            row["f1"] = f1(kept, wanted)
 
     def table(self) -> None:
-        agree = [f"agree_{threshold:g}" for threshold in sorted({self.given.reference, *DECIDED}, reverse=True)]
+        agree = [f"agree_{threshold:g}" for threshold in sorted({given.reference, *DECIDED}, reverse=True)]
         columns = [(name, name.replace("_", " "), ".3%") for name in agree]
         columns += [("f1", "F1", ".3f"), ("auc", "AUC", ".3f"), ("pessimistic_auc", "pess. AUC", ".3f")]
         columns += [("time", "time s", ".1f"), ("weight_ratio", "weights", ".3f"), ("weights", "MiB", "MiB")]
         columns += [("peak", "peak MiB", "MiB"), ("kept", "kept", ".0f")]
-        print(f"\n{self.task}, {METRIC}, resample; F1, time and peak at threshold {self.given.reference:g}")
+        given = self.given
+        print(f"\n{self.task}, {METRIC}, resample; F1, time and peak at threshold {given.reference:g}, {given.n} prompts "
+              f"(rtn: {given.sweep_n})")  # fmt: skip
         print(f"{'':12}" + "".join(f"{title:>12}" for _, title, _ in columns))
         for row, found in self.rows.items():
             cells = [_cell(found.get(name), form) for name, _, form in columns]

@@ -100,7 +100,6 @@ def test_decisions_are_fp32s(capsys: pytest.CaptureFixture[str]) -> None:
         print(f"\nexact: {compared} decisions agree with FP32's, {refined} of them taken in FP32")
     assert compared > 1500
     assert len(seen) == len(TABLES) + len(UNDER) + 7 + 3 + 2, seen
-    assert refined < compared
 
 
 @pytest.mark.parametrize("name", TABLES)
