@@ -20,22 +20,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from common import finish, header, median, parser
+from jobs import Answer, Runner
 from pahq.errors import PahqError
 from pahq.evaluation.roc import Point, auc, f1, pessimistic_auc, rates
-from pahq.files import write_json
 from pahq.method.margin import NOISE
 from sweeps import METRIC, ROWS, work
 
-Answer = dict[str, Any]
 EXACT = tuple(row for row in ROWS if row.endswith("exact"))
 REPEATED = ("fp32", "bf16 exact", "int8 exact")
 """Rows that are timed with every draw of prompts; the others with the first."""
@@ -59,69 +56,6 @@ TARGETS: dict[str, tuple[str, float]] = {
     "time_ratio": ("<=", 0.5),
     "pfe_mixed": ("<=", 0.012),
 }
-
-
-class Runner:
-    """Has jobs done in processes of their own and keeps their answers. A job that fails has no answer."""
-
-    def __init__(self, given: argparse.Namespace, facts: dict[str, Any]) -> None:
-        self.given, self.facts, self.start = given, facts, time.monotonic()
-        self.answers: dict[str, Answer] = {}
-        self.failures: dict[str, str] = {}
-
-    def ask(self, task: str, kind: str, **job: Any) -> Answer | None:
-        """The answer to a job, asked only once; None if it failed, or if the time for the whole run is over."""
-        job = {"kind": kind, "model": self.given.model, "task": task, **job}
-        key = json.dumps(job, sort_keys=True)
-        if key in self.answers or key in self.failures:
-            return self.answers.get(key)
-        name = " ".join(str(job[part]) for part in ("row", "threshold") if part in job) or kind
-        what = f"  {task} {kind if 'row' in job else ''} {name}, {job['n']} prompts, seed {job['seed']}"
-        if time.monotonic() - self.start > 60 * self.given.minutes:
-            self.failures[key] = f"left out: {self.given.minutes} minutes are over"
-        else:
-            self._run(key)
-        if key in self.failures:
-            print(f"{what}: {self.failures[key]}", flush=True)
-            return None
-        print(f"{what}: {_told(self.answers[key])}", flush=True)
-        if self.given.out is not None:  # so that a run cut short leaves what it found
-            write_json(self.given.out, {**self.facts, "unfinished": True, "answers": self.answers})
-        return self.answers[key]
-
-    def _run(self, key: str) -> None:
-        if self.given.in_process:
-            try:
-                self.answers[key] = work(json.loads(key)) | {"process_s": 0.0}
-            except PahqError as error:
-                self.failures[key] = f"failed: error: {error}"
-            return
-        command = [sys.executable, __file__, "--worker", key]
-        began = time.monotonic()
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60 * self.given.patience)
-        except subprocess.TimeoutExpired:
-            self.failures[key] = f"failed: not done after {self.given.patience} minutes"
-            return
-        lines = done.stdout.strip().splitlines()
-        if done.returncode or not lines:
-            reason = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-            self.failures[key] = f"failed: {reason[-1]}"
-            return
-        self.answers[key] = json.loads(lines[-1]) | {"process_s": time.monotonic() - began}
-
-
-def _told(answer: Answer) -> str:
-    """What a line on screen says about an answer."""
-    if "seconds" not in answer:
-        return f"{answer['process_s']:.0f} s"
-    told = f"{answer['tests']} tests, {len(answer['kept'])} kept, {answer['seconds']:.1f} s"
-    precision, check = answer["precision"], answer["check"]
-    if precision["refined"]:
-        told += f", {precision['refined_share']:.2%} escalated"
-    if check is not None:
-        told += f", {check['disagreements']} of {check['checked']} decisions differ, {check['within_noise']} in noise"
-    return told
 
 
 class TaskRun:
@@ -301,8 +235,8 @@ class TaskRun:
         additions = found["additions"]
         self.details["rtn"] = {"zero_effects": found["zero_effects"], **additions, "tests": found["tests"]}
         print(f"  rtn: {found['zero_effects']:.1%} of {found['tests']} effects are exactly zero; of "
-              f"{additions['additions']} numbers added to the residual stream of the clean and the corrupted run "
-              f"{additions['lost_share']:.1%} leave no trace")  # fmt: skip
+              f"{additions['additions']} numbers added up in residual streams {additions['lost_share']:.1%} "
+              "leave no trace")  # fmt: skip
         row = self.rows[SLOW]
         row |= {"time": found["seconds"], "peak": found["peak_bytes"], "kept": len(found["kept"])}
         if reference is not None:
@@ -310,14 +244,14 @@ class TaskRun:
             row["f1"] = f1(kept, wanted)
 
     def table(self) -> None:
+        given = self.given
         agree = [f"agree_{threshold:g}" for threshold in sorted({given.reference, *DECIDED}, reverse=True)]
         columns = [(name, name.replace("_", " "), ".3%") for name in agree]
         columns += [("f1", "F1", ".3f"), ("auc", "AUC", ".3f"), ("pessimistic_auc", "pess. AUC", ".3f")]
         columns += [("time", "time s", ".1f"), ("weight_ratio", "weights", ".3f"), ("weights", "MiB", "MiB")]
         columns += [("peak", "peak MiB", "MiB"), ("kept", "kept", ".0f")]
-        given = self.given
-        print(f"\n{self.task}, {METRIC}, resample; F1, time and peak at threshold {given.reference:g}, {given.n} prompts "
-              f"(rtn: {given.sweep_n})")  # fmt: skip
+        print(f"\n{self.task}, {METRIC}, resample; F1, time and peak at threshold {given.reference:g}, "
+              f"{given.n} prompts (rtn: {given.sweep_n})")  # fmt: skip
         print(f"{'':12}" + "".join(f"{title:>12}" for _, title, _ in columns))
         for row, found in self.rows.items():
             cells = [_cell(found.get(name), form) for name, _, form in columns]
@@ -357,7 +291,9 @@ def options() -> argparse.Namespace:
     made.add_argument("--model", default="smollm2-135m", help="a name or path (default smollm2-135m)")
     made.add_argument("--tasks", default="ioi", help="names or files, with commas (default ioi; the figures are its)")
     made.add_argument("--n", type=int, default=16, help="prompts of timed sweeps (default 16)")
-    made.add_argument("--sweep-n", type=int, default=8, help="prompts of agreement and AUC (default 8)")
+    made.add_argument(
+        "--sweep-n", type=int, default=8, help="prompts of agreement and AUC (default 8; 4 is half as long)"
+    )
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--reference", type=float, default=0.05, help="threshold of the FP32 circuit (default 0.05)")
     made.add_argument("--thresholds", default="0.3,0.1,0.05,0.02,0.01", help="of the AUC's sweeps")
