@@ -26,16 +26,20 @@ class Runner:
         self.answers: dict[str, Answer] = {}
         self.failures: dict[str, str] = {}
 
+    def start_task(self) -> None:
+        """The time given for a task runs from here."""
+        self.start = time.monotonic()
+
     def ask(self, task: str, kind: str, **job: Any) -> Answer | None:
-        """The answer to a job, asked only once; None if it failed, or if the time for the whole run is over."""
+        """The answer to a job, asked only once; None if it failed, or if the time for its task is over."""
         job = {"kind": kind, "model": self.given.model, "task": task, **job}
         key = json.dumps(job, sort_keys=True)
         if key in self.answers or key in self.failures:
             return self.answers.get(key)
-        name = " ".join(str(job[part]) for part in ("row", "threshold") if part in job) or kind
-        what = f"  {task} {kind if 'row' in job else ''} {name}, {job['n']} prompts, seed {job['seed']}"
+        name = " ".join([kind, *(str(job[part]) for part in ("row", "threshold") if part in job)])
+        what = f"  {task} {name}, {job['n']} prompts, seed {job['seed']}"
         if time.monotonic() - self.start > 60 * self.given.minutes:
-            self.failures[key] = f"left out: {self.given.minutes} minutes are over"
+            self.failures[key] = f"left out: the task's {self.given.minutes:g} minutes are over"
         else:
             self._run(key)
         if key in self.failures:
@@ -58,7 +62,7 @@ class Runner:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=60 * self.given.patience)
         except subprocess.TimeoutExpired:
-            self.failures[key] = f"failed: not done after {self.given.patience} minutes"
+            self.failures[key] = f"failed: not done after {self.given.patience:g} minutes"
             return
         lines = done.stdout.strip().splitlines()
         if done.returncode or not lines:

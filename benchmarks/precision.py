@@ -69,6 +69,7 @@ class TaskRun:
 
     def run(self) -> None:
         print(f"\n{self.task}", flush=True)
+        self.runner.start_task()
         self._facts()
         self._reference()
         self._timings()
@@ -172,10 +173,11 @@ class TaskRun:
         self.details["reference"] = found
         noise = found["noise"]
         largest = max(noise["largest"].values())
-        self.details["fp32_noise"] = largest
+        self.details |= {"fp32_noise": largest, "fp32_noise_share": noise["largest_share"]}
         print(f"  FP32's own noise: effects of {noise['sampled']} tests in other orders of summation differ by at most "
               + ", ".join(f"{value:.1e} ({pair})" for pair, value in noise["largest"].items())
-              + f"; a decision counts as within noise nearer than {NOISE:.0e} to the threshold")  # fmt: skip
+              + f"; as a share of the metric (at least 1) by {noise['largest_share']:.1e}, where a decision counts as "
+              f"within noise up to {NOISE:.0e}")  # fmt: skip
 
     def _decisions(self, rows: Iterable[str], thresholds: Iterable[float]) -> None:
         for threshold in thresholds:
@@ -302,7 +304,7 @@ def options() -> argparse.Namespace:
     made.add_argument("--sample", type=int, default=60, help="tests on which FP32's noise is measured (default 60)")
     made.add_argument("--full", action="store_true", help="agreement of every row at 0.01 and 0.001 too (long)")
     made.add_argument("--quick", action="store_true", help="4 prompts, one repeat, three thresholds")
-    made.add_argument("--minutes", type=float, default=60.0, help="no new sweep after so many (default 60)")
+    made.add_argument("--minutes", type=float, default=60.0, help="of each task, no sweep is begun later (default 60)")
     made.add_argument("--patience", type=float, default=30.0, help="minutes that one sweep may take (default 30)")
     made.add_argument("--in-process", action="store_true", help="no processes of their own: peaks mean nothing then")
     made.add_argument("--worker", help=argparse.SUPPRESS)
@@ -341,8 +343,8 @@ def main() -> None:
     details["sweeps"] = [{"job": json.loads(key), **answer} for key, answer in runner.answers.items()]
     if runs[0].task == "ioi":
         targets(figures)
-    for key, reason in runner.failures.items():
-        print(f"{reason}: {key}")
+    if runner.failures:
+        print(f"{len(runner.failures)} jobs failed or were left out: see above, and 'failures' in the details")
     finish(given.out, facts, figures, details)
 
 

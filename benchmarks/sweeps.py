@@ -182,6 +182,7 @@ def reference(model: Transformer, prompts: Prompts, threshold: float, sample: in
     chosen = set(nearest.tolist()) | set(spread.tolist())
     whole, single = Passes(model, prompts, result, len(prompts)), Passes(model, prompts, result, 1)
     sweep = Sweep(visits(result.graph), Marks.full(result.graph))
+    shares: list[float] = []  # of the metric's size, as the margin of decisions counts noise
     gaps: dict[str, list[float]] = {"engine, whole passes": [], "whole passes, one prompt at a time": []}
     for decision in result.decisions:
         sweep.peek()
@@ -194,6 +195,7 @@ def reference(model: Transformer, prompts: Prompts, threshold: float, sample: in
             both = [passes.metric(masks[1], finished) - passes.metric(masks[0], finished) for passes in (whole, single)]
             gaps["engine, whole passes"].append(abs(decision.effect - both[0]))
             gaps["whole passes, one prompt at a time"].append(abs(both[0] - both[1]))
+            shares.append(max(values[-1] for values in gaps.values()) / max(1.0, abs(decision.before)))
         sweep.decide(decision.kept)
     return {
         "kept": np.flatnonzero(result.mask).tolist(),
@@ -204,6 +206,7 @@ def reference(model: Transformer, prompts: Prompts, threshold: float, sample: in
         "noise": {
             "sampled": len(chosen),
             "largest": {pair: max(values) for pair, values in gaps.items()},
+            "largest_share": max(shares),
             "median": {pair: statistics.median(values) for pair, values in gaps.items()},
         },
     }

@@ -77,7 +77,7 @@ def test_when_time_is_over_nothing_new_is_started(tmp_path: Path) -> None:
     found, screen = benchmark(tmp_path, "--minutes", "0")
     assert not found["figures"]
     assert all(reason.startswith("left out") for reason in found["details"]["failures"].values())
-    assert "left out: 0.0 minutes are over" in screen
+    assert "left out: the task's 0 minutes are over" in screen
 
 
 def test_a_worker_that_fails_says_so_in_one_line() -> None:
