@@ -6,7 +6,7 @@ single states can be evaluated again in FP32; one that quantises values computes
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -48,29 +48,28 @@ class Evaluated:
     metrics: np.ndarray
     slack: np.ndarray
     moved: np.ndarray
-    chain: Chained | None = None
 
 
 Final = tuple[int, Tensor] | None
-ExactPass = tuple[BatchPass, np.ndarray, Final]
 
 
 @dataclass
 class Lag:
     """The FP32 state under a policy that quantises differences, which follows the base only when it is asked for.
 
-    edges: those removed from the base since. final, metric: its final residual stream at the read positions (None:
-    the clean one) and its metric, if known. fine: states of the batch evaluated from it, with their place in the pass.
+    edges: those removed from the base since. final: its final residual stream at the read positions (None: the clean
+    one). fine: states of the batch evaluated from it, with their place in the pass; metrics: (state, full) -> metric
+    and slack, as ``Engine.refine`` gives them.
     """
 
     state: State
     edges: list[tuple[int, int]] = field(default_factory=list)
     final: Tensor | None = None
-    metric: float | None = None
-    fine: dict[int, tuple[BatchPass, np.ndarray, Final, int]] = field(default_factory=dict)
+    fine: dict[int, tuple[BatchPass, Final, int]] = field(default_factory=dict)
+    metrics: dict[tuple[int, bool], tuple[float, float]] = field(default_factory=dict)
 
     def forget_batch(self) -> None:
-        self.fine = {}
+        self.fine, self.metrics = {}, {}
 
 
 class Engine:
@@ -165,7 +164,7 @@ class Engine:
             metrics[first:] = self.metric(read).cpu().numpy()
             slack[first:], moved[first:] = read.slack, read.moved
         self._check(metrics, batch)
-        return Evaluated(rows, final, read, metrics, slack, moved, chain)
+        return Evaluated(rows, final, read, metrics, slack, moved)
 
     @torch.no_grad()
     def sharpen(self, states: list[int]) -> None:
@@ -188,10 +187,7 @@ class Engine:
         self.escalated += len(states)
         self._since_rebase[1] += len(states)
         rows = torch.tensor([state - first for state in states], device=final.device)
-        chain = (
-            None if now.chain is None else replace(now.chain, spine=now.rows.batch.spine[states].tolist(), likely=None)
-        )
-        read = self.vocabulary.read(final[rows], full=True, chained=chain)
+        read = self.vocabulary.read(final[rows], full=True)
         now.metrics[states], now.slack[states] = self.metric(read).cpu().numpy(), 0.0
         for state, total in zip(states, read.logsumexp(), strict=True):
             self._observe(now.read, state - first, total)
@@ -201,30 +197,47 @@ class Engine:
         self.screening &= evaluated < ENOUGH_STATES or again < MOST * evaluated
 
     @torch.no_grad()
-    def refine(self, states: list[int]) -> dict[int, float]:
-        """Metrics of states of the last batch in FP32 over the full vocabulary; -1 is the base.
+    def refine(self, states: list[int], full: bool = True) -> dict[int, tuple[float, float]]:
+        """Metric and slack in FP32 of states of the last batch; -1 is the base.
 
+        full: sum over the whole vocabulary, so that there is no slack; otherwise as ``evaluate`` does.
         Only for policies that quantise differences. They leave the FP32 state behind and let it catch up here.
         """
         assert self.policy.differences
         assert self._now is not None
-        batch, lag = self._now.rows.batch, self._lag
+        batch, lag, full = self._now.rows.batch, self._lag, full or not self.screening
         if lag.edges:
             behind = Batch(lag.edges, np.ones((1, len(lag.edges)), dtype=bool), batch.marks)
-            rows, final = self._exact_rows(behind)
-            self._adopt_exact(rows, None, final, 0)
-        found = {-1: self._exact_metric} if -1 in states else {}
+            self._adopt_exact(*self._exact_pass(behind), 0)
         wanted = [state for state in states if state >= 0 and state not in lag.fine]
         while wanted:
             part, _ = self._fitting(batch.take(wanted))
             some, wanted = wanted[: part.n_states], wanted[part.n_states :]
-            rows, metrics, final = self._exact_pass(part)
-            lag.fine |= {state: (rows, metrics, final, index) for index, state in enumerate(some)}
+            rows, final = self._exact_pass(part)
+            lag.fine |= {state: (rows, final, index) for index, state in enumerate(some)}
+        self._measure_exact([state for state in states if (state, full) not in lag.metrics], full)
+        return {state: lag.metrics[state, full] for state in states}
+
+    def _exact_pass(self, batch: Batch) -> tuple[BatchPass, Final]:
+        rows = BatchPass(self._lag.state, self.parts.plain, batch)
+        self.exact_states += batch.n_states
+        return rows, rows.run(plan(self.graph, batch))
+
+    def _measure_exact(self, states: list[int], full: bool) -> None:
+        """Reads the metrics of states in FP32 that are not known yet."""
+        if not states:
+            return
+        lag, now = self._lag, self._now
+        assert now is not None
+        base = gather(lag.state.clean.final, self.prompts.read) if lag.final is None else lag.final
+        finals = []
         for state in states:
-            if state >= 0:
-                _, metrics, _, index = lag.fine[state]
-                found[state] = float(metrics[index])
-        return found
+            _, final, index = lag.fine[state] if state >= 0 else (None, None, 0)
+            finals.append(base if final is None or index < final[0] else final[1][index - final[0]])
+        read = self.vocabulary.read(torch.stack(finals), full=full)
+        metrics = self.metric(read).cpu().numpy()
+        self._check(metrics, now.rows.batch.take([max(state, 0) for state in states]))
+        lag.metrics |= {(state, full): (float(metrics[i]), float(read.slack[i])) for i, state in enumerate(states)}
 
     @property
     def _base(self) -> ChainBase:
@@ -233,33 +246,10 @@ class Engine:
             self._chain_base = ChainBase(self._base_final, self.model)
         return self._chain_base
 
-    @property
-    def _exact_metric(self) -> float:
-        """Metric of the FP32 state, made when first asked for."""
-        if self._lag.metric is None:
-            final = self._lag.final
-            final = gather(self._lag.state.clean.final, self.prompts.read) if final is None else final
-            self._lag.metric = float(self.metric(self.vocabulary.read(final[None], full=True))[0])
-        return self._lag.metric
-
-    def _exact_rows(self, batch: Batch) -> tuple[BatchPass, Final]:
-        rows = BatchPass(self._lag.state, self.parts.plain, batch)
-        self.exact_states += batch.n_states
-        return rows, rows.run(plan(self.graph, batch))
-
-    def _exact_pass(self, batch: Batch) -> ExactPass:
-        rows, final = self._exact_rows(batch)
-        metrics = np.full(batch.n_states, self._exact_metric)
-        if final is not None:
-            metrics[final[0] :] = self.metric(self.vocabulary.read(final[1], full=True)).cpu().numpy()
-        self._check(metrics, batch)
-        return rows, metrics, final
-
-    def _adopt_exact(self, rows: BatchPass, metrics: np.ndarray | None, final: Final, state: int) -> None:
+    def _adopt_exact(self, rows: BatchPass, final: Final, state: int) -> None:
         lag = self._lag
         lag.state.update(_changed(rows, state))
-        lag.edges = []
-        lag.metric = None if metrics is None else float(metrics[state])
+        lag.edges, lag.metrics = [], {}
         if final is not None and state >= final[0]:
             lag.final = final[1][state - final[0]].clone()
 
@@ -329,6 +319,7 @@ class Engine:
         Anchors the screen there, if there is one, and gives the log-sum-exp [B, P] then.
         """
         self._base_final, self.base_slack = final, 0.0
+        self._chain_base = None  # what a chain carried here does not belong to a metric measured in FP32
         read = self.vocabulary.read(final[None], full=True)
         total = None
         if self.screening:

@@ -12,11 +12,11 @@ from collections import Counter
 
 import numpy as np
 
-ENOUGH, ENOUGH_EXACT = 16, 64
+ENOUGH, ENOUGH_EXACT = 12, 32
 """Effects of a kind of receiver measured both ways and found to differ, or found to differ or not, before the margin
 is relied on for that kind."""
 SAFETY = 4.0
-NOISE = 3e-6
+NOISE = 1e-5
 """FP32's rounding noise of an effect, as a share of the metric's size (at least 1)."""
 
 

@@ -37,6 +37,10 @@ class Measured:
     moved: float | None = None
 
 
+Pair = tuple[float, float, float]
+"""The metric of a state's parent and its own, and how far their difference may be off."""
+
+
 class Measurer:
     """Measures batches of one sweep. exact: decide as FP32 would, under a policy that quantises differences."""
 
@@ -51,76 +55,107 @@ class Measurer:
 
         metrics, slack: as it gave them; kinds: of the receivers that they test; order: of the first state's test.
         """
-        self._metrics, self._slack, self._kinds = metrics, slack, kinds
-        self._parents = parents([not guess for guess in guesses[: len(metrics)]])
-        self._sharpen(guesses)
-        fine = self._refine(guesses, order) if self.exact else {}
+        self._metrics, self._slack = metrics, slack
+        self._guesses, self._parents = guesses, parents([not guess for guess in guesses[: len(metrics)]])
+        self._fine: dict[int, Pair] = {}
+        self._errors: dict[int, float] = {}
+        if self.exact:
+            self._learn(kinds, order)
+        self._sharpen()
+        if self.exact:
+            self._refine()
         measured = []
-        for state, parent in enumerate(self._parents):
-            before, after = self._pair(state)
-            if state in fine and parent in fine:
-                exact = fine[parent], fine[state]
-                error, moved = abs((after - before) - (exact[1] - exact[0])), float(self.engine.moved[state])
-                measured.append(Measured(*exact, True, error, moved))
-            else:
-                measured.append(Measured(before, after))
+        for state in range(len(self._parents)):
+            before, after, _ = self._pair(state)
+            error = self._errors.get(state)
+            moved = None if error is None else float(self.engine.moved[state])
+            measured.append(Measured(before, after, state in self._fine, error, moved))
         return measured
 
-    def _pair(self, state: int) -> tuple[float, float]:
-        """The metric of a state's parent and its own."""
+    def _pair(self, state: int) -> Pair:
+        """The best that is known of a state. Low precision's own doubt is left aside."""
+        if state in self._fine:
+            return self._fine[state]
         parent = self._parents[state]
         before = self.engine.base_metric if parent < 0 else self._metrics[parent]
-        return float(before), float(self._metrics[state])
+        doubt = self.engine.base_slack if parent < 0 else self._slack[parent]
+        return float(before), float(self._metrics[state]), float(self._slack[state] + doubt)
 
-    def _doubt(self, state: int) -> float:
-        parent = self._parents[state]
-        return float(self._slack[state] + (self.engine.base_slack if parent < 0 else self._slack[parent]))
+    def _over(self, state: int) -> float:
+        """How far a state's effect lies above the threshold."""
+        before, after, _ = self._pair(state)
+        return (abs(after - before) if self.absolute else after - before) - self.threshold
 
-    def _size(self, state: int) -> float:
-        before, after = self._pair(state)
-        return abs(after - before) if self.absolute else after - before
+    def _ends(self, state: int, doubt: float) -> bool:
+        """Whether a state surely shows a wrong guess: what comes after it is evaluated anew."""
+        over = self._over(state)
+        return abs(over) > doubt and (over >= 0) != self._guesses[state]
 
-    def _sharpen(self, guesses: list[bool]) -> None:
+    def _learn(self, kinds: list[str], order: int) -> None:
+        """Measures states in FP32 as well, to know errors by: of kinds of receivers not known enough, and audits.
+
+        Both measures sum over the likely tokens alike, so that what that leaves out does not look like an error.
+        Decisions about the former rest on FP32.
+        """
+        margins = self.margin.of(self.engine.moved, self.engine.base_metric)
+        unknown = [not self.margin.ready(kind) for kind in kinds[: len(self._parents)]]
+        wanted = []
+        for state in range(len(self._parents)):
+            if unknown[state] or (order + state) % AUDIT == 0:
+                wanted.append(state)
+            elif self._ends(state, margins[state] + self._pair(state)[2]):
+                break
+        if not wanted:
+            return
+        both = sorted({*wanted, *(self._parents[state] for state in wanted)})
+        found = self.engine.refine(both, full=False)
+        for state in wanted:
+            (before, less), (after, more) = found[self._parents[state]], found[state]
+            low_before, low_after, _ = self._pair(state)
+            self._errors[state] = abs((low_after - low_before) - (after - before))
+            if unknown[state]:
+                self._fine[state] = before, after, less + more
+
+    def _sharpen(self) -> None:
         """Has the states summed in full on which a decision within its slack of the threshold would rest.
 
         Also those of edges that stay, and those whose slack would make the recorded effect rough; all as far as
-        guesses hold, since what comes after a wrong one is evaluated anew.
+        guesses hold.
         """
-        doubtful: set[int] = set()
+        low: set[int] = set()
+        fine: set[int] = set()
         for state, parent in enumerate(self._parents):
-            before, after = self._pair(state)
-            doubt = self._doubt(state)
+            before, after, doubt = self._pair(state)
             rough = doubt > ROUGH * max(abs(after - before), abs(self.threshold))
-            over = self._size(state) - self.threshold
-            if rough or over >= -doubt:
-                doubtful |= {state, parent}
-            if abs(over) > doubt and (over >= 0) != guesses[state]:
+            if doubt and (rough or self._over(state) >= -doubt):
+                (fine if state in self._fine else low).update((state, parent))
+            if self._ends(state, doubt):
                 break
-        if doubtful:
-            self.engine.sharpen(sorted(doubtful))
+        if low:
+            self.engine.sharpen(sorted(low))
+        if fine:
+            self._measure_fine(fine)
 
-    def _refine(self, guesses: list[bool], order: int) -> dict[int, float]:
-        """FP32 metrics of the states (and their parents) that low precision cannot decide, as far as guesses hold."""
-        fine: dict[int, float] = {}
-        while True:
-            wanted = self._wanted(guesses, order, fine) - set(fine)
-            if not wanted:
-                return fine
-            self.engine.sharpen(sorted(wanted))
-            fine |= self.engine.refine(sorted(wanted))
-
-    def _wanted(self, guesses: list[bool], order: int, fine: dict[int, float]) -> set[int]:
+    def _refine(self) -> None:
+        """Has the states measured in FP32 that low precision cannot decide, as far as guesses hold."""
         margins = self.margin.of(self.engine.moved, self.engine.base_metric)
-        wanted: set[int] = set()
-        for state, parent in enumerate(self._parents):
-            size, doubt = self._size(state), margins[state] + self._doubt(state)
-            known = state in fine and parent in fine
-            if known:
-                size, doubt = fine[state] - fine[parent], 0.0
-                size = abs(size) if self.absolute else size
-            near = abs(size - self.threshold) <= doubt
-            if not self.margin.ready(self._kinds[state]) or (order + state) % AUDIT == 0 or (near and not known):
-                wanted |= {state, parent}
-            elif (not size < self.threshold) != guesses[state]:
-                break  # what comes after a wrong guess is evaluated anew
-        return wanted
+        again = True
+        while again:
+            again = False
+            wanted: set[int] = set()
+            for state, parent in enumerate(self._parents):
+                doubt = self._pair(state)[2] + (0.0 if state in self._fine else float(margins[state]))
+                if state not in self._fine and abs(self._over(state)) <= doubt:
+                    wanted |= {state, parent}
+                elif self._ends(state, doubt):
+                    break
+            if wanted:
+                self._measure_fine(wanted)
+                again = True
+
+    def _measure_fine(self, states: set[int]) -> None:
+        """FP32 over the full vocabulary, for every state of ``states`` whose parent is among them, too."""
+        found = self.engine.refine(sorted(states))
+        for state in states:
+            if state >= 0 and self._parents[state] in found:
+                self._fine[state] = found[self._parents[state]][0], found[state][0], 0.0

@@ -20,7 +20,7 @@ from pahq.model.transformer import Block, Transformer
 from pahq.precision.buffers import Loader, Slot, Tensors, pin
 from pahq.precision.schedule import Scheduler
 
-SLAB_BYTES = 64 << 20
+SLAB_BYTES = 8 << 20
 """Size of a piece of the unembedding, at most."""
 
 
