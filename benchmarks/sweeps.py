@@ -22,7 +22,7 @@ from pahq.method.acdc import Acdc, AcdcOptions, AcdcResult
 from pahq.method.sweep import Sweep, visits
 from pahq.model import Transformer, load_model
 from pahq.precision.formats import round_to
-from pahq.precision.policy import POLICIES, get_policy
+from pahq.precision.policy import POLICIES, Policy, get_policy
 from pahq.precision.schedule import make_scheduler
 from pahq.precision.size import head_bytes, weight_bytes
 from pahq.precision.store import WeightStore
@@ -61,11 +61,25 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     return sweep(model, prompts, job["row"], job["threshold"], job["check"], job["plain"])
 
 
+def copies(model: Transformer, prompts: Prompts, policy: Policy) -> dict[str, int]:
+    """Bytes of what a sweep keeps of the weights under a policy that quantises differences."""
+    engine = Acdc(model, prompts, AcdcOptions(0.05, METRIC, policy=policy)).engine
+    engine.store.make_all()
+    screen = engine.vocabulary.screen
+    if screen is None:
+        engine.store.matrix("unembed")
+    found = {"copies": sum(held.nbytes for held in engine.store.held())}
+    if screen is not None and screen.low is not None:
+        found["likely tokens"] = screen.columns.nbytes + screen.low.nbytes
+    return found
+
+
 def facts(model: Transformer, task: str, n: int, seed: int) -> dict[str, Any]:
     """The scale of the metric on n prompts, and the bytes of weights on a device under each policy.
 
-    A device holds low-precision copies, and buffers through which FP32 weights stream: two layers and two pieces of
-    the unembedding, as the streamed model really allocates them, and two heads under test.
+    A device holds low-precision copies, the likely tokens' unembedding (in FP32, and low), and buffers through which
+    FP32 weights stream: two layers and two pieces of the unembedding, as the streamed model really allocates them,
+    and two heads under test.
     """
     prompts = get_task(task).prompts(model, n, seed=seed)
     clean = read_logits(model, prompts, "clean")
@@ -81,7 +95,7 @@ def facts(model: Transformer, task: str, n: int, seed: int) -> dict[str, Any]:
         policy = POLICIES[name][0]
         parts = {"copies": fp32 if policy.is_fp32 else sum(weight_bytes(model, policy).values())}
         if policy.differences:
-            parts |= slots
+            parts = {**copies(model, prompts, policy), **slots}
         if policy.under_test != "none":
             parts["heads"] = heads
         weights[name] = parts

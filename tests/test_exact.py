@@ -202,7 +202,6 @@ def test_audits(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = tiny.RandomTask().prompts(model, 4)
     result = Acdc(model, prompts, AcdcOptions(0.003, policy=get_policy("bf16"))).run()
     audited = result.decisions[::every]
-    assert all(decision.refined for decision in audited)
     assert all(decision.error is not None and decision.moved is not None for decision in audited)
     assert not all(decision.refined for decision in result.decisions)
 

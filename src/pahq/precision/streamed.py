@@ -20,8 +20,8 @@ from pahq.model.transformer import Block, Transformer
 from pahq.precision.buffers import Loader, Slot, Tensors, pin
 from pahq.precision.schedule import Scheduler
 
-SLAB_BYTES = 8 << 20
-"""Size of a piece of the unembedding, at most."""
+SLAB_BYTES, MOST_SLABS = 2 << 20, 64
+"""Size of a piece of the unembedding, unless there were more than so many pieces."""
 
 
 class StreamedBlocks(Sequence[Block]):
@@ -93,8 +93,9 @@ class Slabs:
         device: torch.device,
         scheduler: Scheduler,
         copy: bool | None = None,
-        slab_bytes: int = SLAB_BYTES,
+        slab_bytes: int | None = None,
     ) -> None:
+        slab_bytes = max(SLAB_BYTES, -(-weight.nbytes // MOST_SLABS)) if slab_bytes is None else slab_bytes
         self.scheduler, self.columns = scheduler, weight.shape[1]
         copies = device.type != "cpu" if copy is None else copy
         count = min(self.columns, max(1, -(-weight.nbytes // slab_bytes))) if copies else 1
@@ -160,7 +161,7 @@ def streamed(
     device: torch.device | str,
     scheduler: Scheduler,
     copy: bool | None = None,
-    slab_bytes: int = SLAB_BYTES,
+    slab_bytes: int | None = None,
 ) -> StreamedTransformer:
     """``model``, whose weights are in host memory, as one that computes on ``device`` and keeps them there.
 
