@@ -83,26 +83,26 @@ class WeightStore:
                     self.matrix(name, layer)
 
     def held(self) -> list[Held]:
-        """What the copies take, by component and format (FP32 entries are the masters themselves: no copy)."""
+        """What the copies take, by component and format. (FP32 is no copy, where the master is on the same device.)"""
         sums: dict[tuple[str, str], int] = {}
-        for (name, _, _), matrix in self._copies.items():
-            if not matrix.fmt.is_exact:
+        for (name, layer, index), matrix in self._copies.items():
+            if matrix.values.data_ptr() != self.master(name, layer, index).data_ptr():
                 key = (MATRICES.get(name, name), matrix.fmt.name)
                 sums[key] = sums.get(key, 0) + matrix.nbytes
         return [Held(component, fmt, "device", nbytes) for (component, fmt), nbytes in sorted(sums.items())]
 
     def masters(self) -> list[Held]:
         """What the FP32 masters take, by component; tensors that share memory count once."""
-        sums: dict[str, int] = {}
+        sums: dict[tuple[str, str], int] = {}
         seen: set[int] = set()
         for name, weight in self.model.weights.items():
             if weight.untyped_storage().data_ptr() in seen and name == "unembed.W_U":
                 continue  # tied to the embedding
             seen.add(weight.untyped_storage().data_ptr())
-            component = component_of(name)
-            sums[component] = sums.get(component, 0) + weight.nbytes
+            key = (component_of(name), "host" if weight.device.type == "cpu" else "device")
+            sums[key] = sums.get(key, 0) + weight.nbytes
         dtype = "fp64" if self.model.dtype == torch.float64 else "fp32"
-        return [Held(component, dtype, "host", nbytes) for component, nbytes in sorted(sums.items())]
+        return [Held(component, dtype, place, nbytes) for (component, place), nbytes in sorted(sums.items())]
 
 
 def component_of(name: str) -> str:
