@@ -214,7 +214,7 @@ class BatchPass:
         """Takes from x [s, B, P, d] what the states from ``begin`` on lack of the step's candidates."""
         if removed:
             columns = [self.batch.candidates[i][1] for i in removed]
-            applied = torch.from_numpy(self.batch.applied[begin : begin + len(x)][:, removed]).to(x)
+            applied = torch.from_numpy(self.batch.applied[begin : begin + len(x)][:, removed]).to(x, non_blocking=True)
             rough = self.state.rough if self.maths.chained else None  # the FP32 state must stay FP32's own
             (rough or self.state.differences).subtract(x, applied, columns, step.level)
 

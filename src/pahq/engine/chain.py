@@ -53,7 +53,7 @@ def sums(change: Tensor, tip: Tensor, spine: Sequence[bool]) -> Tensor:
     leaves = [state for state, on_spine in enumerate(spine) if not on_spine]
     if not leaves:
         return change.cumsum_(0).add_(tip)
-    index = torch.tensor(leaves, device=change.device)
+    index = torch.tensor(leaves).to(change.device, non_blocking=True)  # else the host would wait for a GPU
     own = change[index]
     change[index] = 0.0
     change.cumsum_(0)

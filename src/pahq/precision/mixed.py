@@ -7,7 +7,7 @@ and the FP32 rows take their place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -49,9 +49,13 @@ class MixedProducts:
         """Rows x [s, …, k] of s states -> [s, …, o]: states ``under`` (bool [s]) by the FP32 weight, the rest low."""
         slot = self.loader.fetch(key)
         rest = None
-        if not under.all():
-            states = torch.from_numpy(~under).to(x.device)
-            rest = self.scheduler.submit("low", f"low {_name(key)}", lambda: _spread(low.multiply(x[states]), states))
+        others = list(runs(~under))
+        if others:
+            rest = self.scheduler.submit(
+                "low",
+                f"low {_name(key)}",
+                lambda: _spread(low.multiply(torch.cat([x[part] for part in others])), others, len(under)),
+            )
         parts = [
             (
                 part,
@@ -92,10 +96,16 @@ def _times(x: Tensor, weight: Tensor) -> Tensor:
     return (x.reshape(-1, x.shape[-1]) @ weight).view(*x.shape[:-1], -1)
 
 
-def _spread(rows: Tensor, states: Tensor) -> Tensor:
-    """Products of some states [r, …] -> of all [s, …], the others' places left open."""
-    out = rows.new_empty((len(states), *rows.shape[1:]))
-    out[states] = rows
+def _spread(rows: Tensor, parts: Sequence[slice], count: int) -> Tensor:
+    """Products of some states [r, …], those of ``parts`` in order -> of all [count, …], the others' places left open.
+
+    (By slices: an index of states would have to be sent to the device, and the host would wait for that.)
+    """
+    out, begin = rows.new_empty((count, *rows.shape[1:])), 0
+    for part in parts:
+        size = part.stop - part.start
+        out[part] = rows[begin : begin + size]
+        begin += size
     return out
 
 
