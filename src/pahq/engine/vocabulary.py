@@ -100,17 +100,24 @@ class ChainBase:
         self.final, self.model = final, model
         self.h = model.unembed_input(final)
         self._kept = list(carried)
+        self._latest: Products = ()
 
-    def logits(self, columns: Tensor, part: slice, offset: Tensor | None) -> Tensor:
-        """h [N * P, d] times part of the columns [d, m], plus part of the offset. Not to be changed in place."""
-        out = next((product for known, product in self._kept if known is columns), None)
+    def logits(self, columns: Tensor, part: slice, offset: Tensor | None, passing: bool = False) -> Tensor:
+        """h [N * P, d] times part of the columns [d, m], plus part of the offset. Not to be changed in place.
+
+        passing: the columns are on the device for a moment; their product is kept until that of others is made.
+        """
+        out = next((product for known, product in (*self._kept, *self._latest) if known is columns), None)
         if out is None:
             rows = self.h.reshape(-1, self.h.shape[-1])
             if rows.shape[0] * columns.shape[1] > FAR_ELEMENTS:
                 out = rows @ columns[:, part]
                 return out if offset is None else out.add_(offset[:, part])
             out = rows @ columns
-            self._kept.append((columns, out))
+            if passing:
+                self._latest = ((columns, out),)
+            else:
+                self._kept.append((columns, out))
         return out[:, part] if offset is None else out[:, part] + offset[:, part]
 
 
@@ -155,20 +162,23 @@ class VocabularyReadout:
             self.moved = vocabulary.mean(change.square().sum(-1).double()).sqrt().cpu().numpy()
             self._change = quantise(change.flatten(0, -2), chained.store.policy.format("unembed"))
 
-    def product(self, columns: Tensor, low: LowMatrix | None, part: slice, offset: Tensor | None) -> Tensor:
+    def product(
+        self, columns: Tensor, low: LowMatrix | None, part: slice, offset: Tensor | None, passing: bool = False
+    ) -> Tensor:
         """Some logits of all states: [S, n, width], n running over examples and read positions.
 
         columns [d, m], and the same in low precision for chained states; part of the m; offset [n or 1, m] is added.
+        passing: see ``ChainBase.logits``.
         """
         states, width = self.h.shape[0], self.h.shape[-1]
         if self.base is not None:
-            return self.base.logits(columns, part, offset)[None].clone()
+            return self.base.logits(columns, part, offset, passing)[None].clone()
         if self.chained is None or self._change is None or low is None:
             out = (self.h.reshape(-1, width) @ columns[:, part]).view(states, -1, columns[:, part].shape[1])
             return out if offset is None else out.add_(offset[:, part])
-        tip = self.chained.base.logits(columns, part, None)
+        tip = self.chained.base.logits(columns, part, None, passing)
         out = chain.sums(low.part(part).product(self._change).view(states, *tip.shape), tip, self.chained.spine)
-        if self.chained.likely is not None:
+        if self.chained.likely is not None and not passing:
             self._carried.append((columns, out[self.chained.likely].clone()))
         return out if offset is None else out.add_(offset[:, part])
 
@@ -203,10 +213,9 @@ class VocabularyReadout:
 
     def _piece(self, whole: slice, piece: Tensor, part: slice) -> Tensor:
         """Part of the columns ``whole`` of W_U, which ``piece`` [d, some] holds -> logits [S, n, width]."""
-        b_U, low = self.vocabulary.model.b_U, self._low
-        return self.product(
-            piece, None if low is None else low.part(whole), part, None if b_U is None else b_U[None, whole]
-        )
+        model, low = self.vocabulary.model, self._low
+        offset = None if model.b_U is None else model.b_U[None, whole]
+        return self.product(piece, None if low is None else low.part(whole), part, offset, piece is not model.W_U)
 
     @property
     def _low(self) -> LowMatrix | None:
