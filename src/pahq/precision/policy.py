@@ -35,7 +35,7 @@ class Policy:
 
     quantised: ``differences``: every matrix product is carried on in FP32 from one state to the next by a
         low-precision product of their difference. ``values``: inputs themselves are rounded, the paper's way.
-    under_test: which heads of the edge under test stay FP32. others_under_test: likewise MLPs that are no heads.
+    under_test: which heads of the edge under test stay FP32. others_under_test: a receiving MLP, too.
     heads: (layer, head) whose products stay FP32 whatever is tested. (Norms and sums round as for all others.)
     """
 

@@ -57,7 +57,7 @@ def to_line(decision: Decision, name: str) -> str:
 
 
 class Journal:
-    """Appends decisions to ``path``. Open it with ``Journal.resume`` or ``Journal.start``.
+    """Appends decisions to ``path``, which ``cut`` has brought in order where a run goes on.
 
     edge_name: (row, column) -> the edge's readable name.
     """
@@ -100,8 +100,7 @@ def read(path: Path) -> tuple[list[Decision], dict[str, Any]]:
         return decisions, spent
     with naming(path):
         lines = path.read_bytes().split(b"\n")
-    whole, torn = lines[:-1], lines[-1]  # a whole line ends in a newline, so the rest after the last one is torn
-    del torn
+    whole = lines[:-1]  # a whole line ends in a newline, so the rest after the last one is torn
     for number, line in enumerate(whole, start=1):
         facts = _parse(line)
         if facts is not None and _is_spent(facts.get("spent")):
