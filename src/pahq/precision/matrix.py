@@ -78,8 +78,11 @@ def _int_product(x: Tensor, w: Tensor) -> Tensor:
         return x.int() * w.T.int() if x.shape[1] == 1 else torch.ops.aten._int_mm(x, w.T)
     n, o = x.shape[0], w.shape[0]
     inner, outer = -x.shape[1] % INT8_ALIGNMENT, -o % INT8_ALIGNMENT
-    x = F.pad(x, (0, inner, 0, max(0, INT8_ROWS - n)))
-    return torch.ops.aten._int_mm(x, F.pad(w, (0, inner, 0, outer)).T)[:n, :o]
+    if inner or n < INT8_ROWS:
+        x = F.pad(x, (0, inner, 0, max(0, INT8_ROWS - n)))
+    if inner or outer:  # else no copy of the weights for every product
+        w = F.pad(w, (0, inner, 0, outer))
+    return torch.ops.aten._int_mm(x, w.T)[:n, :o]
 
 
 def _fp8_product(x: Tensor, w: Tensor) -> Tensor:
