@@ -16,8 +16,8 @@ from pahq.evaluation.precision.replay import Tested, sweep_of
 from pahq.evaluation.precision.sensitivity import FORMATS, Watcher, measure_sensitivity
 from pahq.evaluation.precision.snr import measure_snr
 from pahq.files import read_json
-from pahq.inputs import DTYPES, absolute, device_of, metric_of, task_options, timestamp
-from pahq.method.acdc import AcdcOptions, Progress
+from pahq.inputs import DTYPES, absolute, acdc_options, device_of, metric_of, task_options, timestamp
+from pahq.method.acdc import Progress
 from pahq.model import Transformer, load_model
 from pahq.precision.policy import get_policy
 from pahq.report import identity, machine, plots
@@ -68,8 +68,7 @@ def sensitivity(
         config = _options_of(run, config)
 
     def measure(model: Transformer, prompts: Prompts, metric: str, steps: Steps) -> dict[str, Any]:
-        names = ("absolute", "ablation", "head_order", "sender_order", "split_qkv", "direct_edges", "split_pos")
-        options = AcdcOptions(config.threshold, metric, **{name: getattr(config, name) for name in names})
+        options = acdc_options(replace(config, metric=metric))
         swept = None if run is None else _sweep_of(run, model, prompts)
         watcher = _SweepWatcher(steps, metric) if swept is None else _StepWatcher(steps)
         found = measure_sensitivity(model, prompts, options, kinds, formats, quantised, tests, budget, watcher, swept)
