@@ -35,22 +35,20 @@ MEMORY_LIMIT = 2 << 30
 """Bytes that the values of one batch of states may take by default."""
 
 
+Final = tuple[int, Tensor] | None
+"""(first state that differs from the base, final residual streams at the read positions), if any does."""
+
+
 @dataclass
 class Evaluated:
-    """States that went through a pass. metrics, slack: float64 [S]; moved: float64 [S], see ``Engine.moved``.
-
-    final: (first state that differs from the base, final residual streams at the read positions), if any does.
-    """
+    """States that went through a pass. metrics, slack: float64 [S]; moved: float64 [S], see ``Engine.moved``."""
 
     rows: BatchPass
-    final: tuple[int, Tensor] | None
+    final: Final
     read: VocabularyReadout | None
     metrics: np.ndarray
     slack: np.ndarray
     moved: np.ndarray
-
-
-Final = tuple[int, Tensor] | None
 
 
 @dataclass
@@ -306,8 +304,8 @@ class Engine:
             self._chain_base = ChainBase(self._base_final, self.model, carried)
             read, at = self.vocabulary.read_base(self._base, full=not self.screening), 0
             self.base_metric, self.base_slack = float(self.metric(read)[0]), float(read.slack[0])
-        moved = 0.0 if read is None else float(read.slack[at])
-        if moved > self.tolerance:  # also where the metric is known in full: the anchor shall follow
+        slack = 0.0 if read is None else float(read.slack[at])
+        if slack > self.tolerance:  # also where the metric is known in full: the anchor shall follow
             already = not self.base_slack
             total = self._set_base(self._base_final, select=False)
             if not already and total is not None:
