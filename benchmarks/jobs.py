@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pahq.errors import PahqError
-from pahq.files import write_json
+from pahq.files import read_json, write_json
 from sweeps import work
 
 Answer = dict[str, Any]
@@ -25,6 +25,18 @@ class Runner:
         self.given, self.facts, self.start = given, facts, time.monotonic()
         self.answers: dict[str, Answer] = {}
         self.failures: dict[str, str] = {}
+        if given.resume:
+            self._take_up(given.out)
+
+    def _take_up(self, out: Path | None) -> None:
+        """The answers that a run which was cut short left in its file."""
+        if out is None or not out.exists():
+            return
+        before = read_json(out)
+        if before.get("commit") != self.facts["commit"]:
+            print(f"note: {out} was begun at commit {before.get('commit')}, now it is {self.facts['commit']}")
+        self.answers = before.get("answers", {})
+        print(f"going on after {len(self.answers)} jobs in {out}")
 
     def start_task(self) -> None:
         """The time given for a task runs from here."""

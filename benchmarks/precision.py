@@ -306,6 +306,7 @@ def options() -> argparse.Namespace:
     made.add_argument("--quick", action="store_true", help="4 prompts, one repeat, three thresholds")
     made.add_argument("--minutes", type=float, default=60.0, help="of each task, no sweep is begun later (default 60)")
     made.add_argument("--patience", type=float, default=30.0, help="minutes that one sweep may take (default 30)")
+    made.add_argument("--resume", action="store_true", help="go on from what --out holds of a run cut short")
     made.add_argument("--in-process", action="store_true", help="no processes of their own: peaks mean nothing then")
     made.add_argument("--worker", help=argparse.SUPPRESS)
     given = made.parse_args()

@@ -287,6 +287,26 @@ def test_an_input_that_did_not_change_gives_the_same_output(name: str) -> None:
         assert torch.equal(state, engine._base_final)
 
 
+def test_no_head_is_under_test_in_a_base_state() -> None:
+    """A committed state is the one computed afresh, also where its batch tested edges into one receiver alone."""
+    model, graph = grouped_model(), Graph(CFG)
+    engine = Engine(model, pair(0), graph, screen=False, policy="pahq-values")
+    row = max(row for row, receiver in enumerate(graph.receivers) if receiver.kind == "v")
+    marks = Marks.full(graph)
+    for later in reversed(range(row + 1, len(graph.receivers))):
+        marks.finish(later)
+    edges = [(row, column) for column in graph.edges[row, : graph.direct].nonzero()[0][::2].tolist()]
+    for edge in edges:
+        marks.mask[edge] = False
+    marks.finish(row)
+    tested, _ = engine.evaluate(Batch(edges, np.tril(np.ones((len(edges), len(edges)), dtype=bool)), marks))
+    engine.commit(len(edges) - 1)
+    committed = engine.base_metric
+    engine.rebase(marks)
+    assert committed == pytest.approx(engine.base_metric, abs=1e-6)
+    assert abs(tested[-1] - committed) > 1e-4  # while it was tested, that head was in FP32
+
+
 @pytest.mark.parametrize("name", VALUES)
 def test_the_reference_run_is_of_the_same_arithmetic(name: str) -> None:
     """Else cutting an edge would also swap one arithmetic for another."""

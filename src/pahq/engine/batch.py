@@ -31,6 +31,7 @@ class Batch:
     marks: the edges present after the whole batch, as far as it was foreseen.
     tested: int [S], the candidate whose removal a state tests. spine: bool [S], whether later states build on it
     (they differ least from the last such state before them). By default state i tests candidate i, off any spine.
+    A state that tests -1 tests nothing.
     """
 
     candidates: list[tuple[int, int]]
@@ -55,8 +56,8 @@ class Batch:
 
     @property
     def tested_rows(self) -> np.ndarray:
-        """int [S]: row of the receiver whose input each state tests."""
-        return np.array([row for row, _ in self.candidates], dtype=np.int64)[self.tested]
+        """int [S]: row of the receiver whose input each state tests, -1 if none."""
+        return np.array([*(row for row, _ in self.candidates), -1], dtype=np.int64)[self.tested]
 
 
 @dataclass

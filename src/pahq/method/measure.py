@@ -56,6 +56,8 @@ class Measurer:
         metrics, slack: as it gave them; kinds: of the receivers that they test; order: of the first state's test.
         """
         self._metrics, self._slack = metrics, slack
+        self._first = metrics.copy(), slack.copy(), self.engine.base_metric, self.engine.base_slack
+        self._sharp: set[int] = set()
         self._guesses, self._parents = guesses, parents([not guess for guess in guesses[: len(metrics)]])
         self._fine: dict[int, Pair] = {}
         self._errors: dict[int, float] = {}
@@ -77,9 +79,16 @@ class Measurer:
         if state in self._fine:
             return self._fine[state]
         parent = self._parents[state]
-        before = self.engine.base_metric if parent < 0 else self._metrics[parent]
-        doubt = self.engine.base_slack if parent < 0 else self._slack[parent]
-        return float(before), float(self._metrics[state]), float(self._slack[state] + doubt)
+        metrics, slack, base, base_slack = self._first
+        if state in self._sharp and parent in self._sharp:  # else one end would be measured otherwise than the other
+            metrics, slack, base, base_slack = (
+                self._metrics,
+                self._slack,
+                self.engine.base_metric,
+                self.engine.base_slack,
+            )
+        before, doubt = (base, base_slack) if parent < 0 else (metrics[parent], slack[parent])
+        return float(before), float(metrics[state]), float(slack[state] + doubt)
 
     def _over(self, state: int) -> float:
         """How far a state's effect lies above the threshold."""
@@ -133,6 +142,7 @@ class Measurer:
                 break
         if low:
             self.engine.sharpen(sorted(low))
+            self._sharp |= low
         if fine:
             self._measure_fine(fine)
 
