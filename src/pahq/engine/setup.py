@@ -23,6 +23,7 @@ from pahq.precision.formats import Format, round_to
 from pahq.precision.policy import Policy
 from pahq.precision.schedule import Scheduler
 from pahq.precision.store import WeightStore
+from pahq.precision.streamed import StreamedBlocks
 from pahq.precision.values import rounded_model
 from pahq.task.metrics import Metric, Readout, get_metric
 from pahq.task.prompts import Prompts
@@ -55,6 +56,8 @@ def setup(
 ) -> Arithmetics:
     """See ``engine.Engine``. The metric's reference is always the FP32 model's output, whatever the policy."""
     policy.require(model.device, model.dtype)
+    if scheduler is None and isinstance(model.blocks, StreamedBlocks):
+        scheduler = model.blocks.scheduler
     store = WeightStore(model, policy)
     spans = Spans.of(prompts, model.config, ablation, graph.split_pos)
     exact = Nodes(model, spans, flops)
@@ -83,7 +86,8 @@ def setup(
     gap, rough = None, None
     if policy.values:
         heads = exact if policy.sender_under_test else None
-        gap = _gap_of_values(graph, clean, reference, nodes, heads, ablation)
+        others = heads if policy.others_under_test else None
+        gap = _gap_of_values(graph, clean, reference, nodes, heads, others, ablation)
     elif policy.differences and not policy.sender_under_test:
         low = _gap_of_differences(graph, clean, reference, store, flops)
         rough = Differences(graph, clean, reference, spans, nodes, low)
@@ -124,8 +128,18 @@ def _gap_of_differences(graph: Graph, clean: Run, reference: Run, store: WeightS
     return gap
 
 
-def _gap_of_values(graph: Graph, clean: Run, reference: Run, nodes: Nodes, exact: Nodes | None, ablation: str) -> Gap:
+def _gap_of_values(
+    graph: Graph,
+    clean: Run,
+    reference: Run,
+    nodes: Nodes,
+    exact: Nodes | None,
+    others: Nodes | None,
+    ablation: str,
+) -> Gap:
     """Senders' differences as rounded values; a sending head under test is FP32 from its residual stream on.
+
+    exact: nodes in FP32 for such heads, others: for such MLPs; None leaves them in low precision.
 
     (Only for the receiver under test: what everything else reads from that head stays in low precision.)
     """
@@ -133,6 +147,8 @@ def _gap_of_values(graph: Graph, clean: Run, reference: Run, nodes: Nodes, exact
     def value(run_: Run, column: int, own: bool) -> Tensor:
         sender = graph.senders[column]
         value = run_.sender(sender)
+        if sender.kind == "mlp" and others is not None and own:
+            return others.mlp(run_.mlp_in[sender.layer], sender.layer)
         if sender.kind != "head":
             return value
         if exact is None:

@@ -7,6 +7,8 @@ BF16, which holds every FP8 number and so every product of two exactly enough fo
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +50,7 @@ class LowMatrix:
         elif self.fmt.is_exact:
             return x.values @ self.values.T
         elif self.fmt.storage == torch.bfloat16:
-            out = (x.values @ self.values.T).float()
+            out = _bf16_product(x.values, self.values).float()
         else:
             out = _fp8_product(x.values, self.values).float()
         if x.scale is not None:
@@ -93,13 +95,29 @@ def _fp8_product(x: Tensor, w: Tensor) -> Tensor:
         one = torch.ones((), device=x.device)
         # w is stored by output, so that its transpose is the column-major matrix which the kernel wants
         return torch.ops.aten._scaled_mm(x, w.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=False)
-    return expand(x) @ expand(w).T
+    return _bf16_product(expand(x), expand(w))
+
+
+def _bf16_product(x: Tensor, w: Tensor) -> Tensor:
+    """BF16 [n, k] times BF16 [o, k] -> BF16 [n, o], summed in FP32 to the end."""
+    if x.device.type != "cuda":
+        return x @ w.T
+    with _matmul_flag("allow_bf16_reduced_precision_reduction", False):
+        return x @ w.T
 
 
 def _tf32_product(x: Tensor, w: Tensor) -> Tensor:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
+    with _matmul_flag("allow_tf32", True):
         return x @ w.T
+
+
+@contextlib.contextmanager
+def _matmul_flag(name: str, value: bool) -> Iterator[None]:
+    """One of torch's switches for CUDA's products, put back afterwards."""
+    flags = torch.backends.cuda.matmul
+    before = getattr(flags, name)
+    setattr(flags, name, value)
+    try:
+        yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        setattr(flags, name, before)
