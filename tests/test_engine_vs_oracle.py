@@ -72,7 +72,9 @@ def engine(case: Case, threshold: float, screen: bool = False) -> Acdc:
         absolute=case.absolute,
         head_order=case.head_order,
         sender_order=case.sender_order,
-        **case.graph.options(),
+        split_qkv=case.graph.split_qkv,
+        direct_edges=case.graph.direct_edges,
+        split_pos=case.graph.split_pos,
     )
     memory = (1 << 30, 50_000)[case.seed % 2]
     return Acdc(
