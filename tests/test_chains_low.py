@@ -81,12 +81,12 @@ def compare(count: int) -> tuple[list[float], list[float], Counter[str]]:
         engine = Engine(case.model, case.prompts, case.graph, case.metric, case.ablation, screen=False, policy=policy)
         engine.rebase(marks)
         values, _ = engine.evaluate(batch)
-        fp32 = engine.refine(list(range(len(values))))
+        fp32 = engine.refine(list(range(len(values))))  # metric and slack
         twin = ChainTwin(case.model, case.prompts, case.graph, case.ablation, policy)
         expected = one_by_one(twin, case.metric, marks, batch)
         size = max(1.0, *map(abs, expected))
         off.extend(np.abs(values - expected) / size)
-        rough.extend(abs(values[i] - fp32[i]) / size for i in range(len(values)))
+        rough.extend(abs(values[i] - fp32[i][0]) / size for i in range(len(values)))
         seen.update({policy.name, policy.under_test})
 
     run()

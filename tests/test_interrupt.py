@@ -40,7 +40,7 @@ def test_runs_killed_at_random_moments_end_in_the_same_circuit(
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
-    save_model(folder / "model", layers=5, heads=8)
+    save_model(folder / "model", layers=7, heads=8)
     save_prompts(folder / "prompts.jsonl", 48)
     return folder
 
