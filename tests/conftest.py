@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Tests' models are tiny: threads inside their products cost more than they give, and get in the way of the tests'
+# own worker threads. Set before torch is imported, so that processes which tests start have it too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import pytest
