@@ -37,7 +37,7 @@ def sweep(case: Case, policy: str, model: Transformer, scheduler: Scheduler | No
 @pytest.mark.parametrize("threads", [False, True])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_same_sweep(policy: str, threads: bool) -> None:
-    @drawn(12)
+    @drawn(6)
     @given(case=cases(torch.float32))
     def run(case: Case) -> None:
         expected = sweep(case, policy, case.model, None)
