@@ -12,8 +12,8 @@ time    of a sweep, construction included, in a process of its own after the mod
 weights on a device: low-precision copies, and buffers for the FP32 weights that stream; share of FP32's bytes.
 peak    resident memory of that process (the model's FP32 weights, which are on the same host here, included).
 
-Timings and F1 use --n prompts; agreement and AUC, which take many sweeps, use --sweep-n, and so does all of rtn,
-whose sweeps are long. Every sweep is a process of its own; one that fails is reported, and the rest goes on.
+Timings, F1 and AUC use --n prompts; agreement, whose sweeps are evaluated twice, uses --sweep-n, and so does all of
+rtn, whose sweeps are long. Every sweep is a process of its own; one that fails is reported, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class TaskRun:
         print(f"\n{self.task}", flush=True)
         self.runner.start_task()
         self._facts()
-        self._reference()
         self._timings()
-        self._decisions(("pahq", "pahq exact"), DECIDED)
+        self._noise()
+        self._decisions(("pahq exact", "pahq"), DECIDED)
         self._curves()
         self._rtn()
         self._decisions([row for row in ROWS if row != "fp32"], [self.given.reference])
@@ -81,25 +81,22 @@ class TaskRun:
             self._decisions([row for row in ROWS if row != "fp32"], DECIDED)
         self._agreement_figures()
 
-    def sweep(self, row: str, threshold: float, check: bool) -> Answer | None:
-        """An untimed sweep, with the check if one was asked for at that threshold."""
+    def sweep(self, row: str, threshold: float, n: int, check: bool = False) -> Answer | None:
+        """A sweep over n prompts of the first draw."""
         return self.runner.ask(
             self.task,
             "sweep",
             row=row,
             threshold=threshold,
-            n=self.given.sweep_n,
+            n=n,
             seed=self.given.seed,
             check=check,
             plain=False,
         )
 
-    def checked(self, row: str, threshold: float) -> bool:
-        """Whether the sweep with these choices is to be checked, so that each is made once for all columns."""
-        if row in ("fp32", SLOW):
-            return False  # rtn's own sweep is timed, so that its check is another
-        decided = threshold in DECIDED and (row in ("pahq", "pahq exact") or self.given.full)
-        return decided or threshold == self.given.reference
+    def n_of(self, row: str) -> int:
+        """Prompts of a row's sweeps that are not checked."""
+        return self.given.sweep_n if row == SLOW else self.given.n
 
     def _facts(self) -> None:
         facts = self.runner.ask(self.task, "facts", n=self.given.sweep_n, seed=self.given.seed)
@@ -162,18 +159,20 @@ class TaskRun:
             print(f"  fastest exact policy: {fastest}, {middle[fastest]:.3f} of fp32's time, "
                   f"{self.figures['pfe_mixed']:.4f} plain passes a test (fp32 {median(pfe['fp32']):.4f})")  # fmt: skip
 
-    def _reference(self) -> None:
-        """FP32's circuit and its own noise, on the prompts of the many sweeps."""
-        given = self.given
-        found = self.runner.ask(
-            self.task, "reference", threshold=given.reference, n=given.sweep_n, seed=given.seed, sample=given.sample
-        )
+    def reference(self, row: str) -> Answer | None:
+        """FP32's circuit on the prompts of a row's sweeps."""
+        given, n = self.given, self.n_of(row)
+        sample = given.sample if n == given.sweep_n else 0
+        return self.runner.ask(self.task, "reference", threshold=given.reference, n=n, seed=given.seed, sample=sample)
+
+    def _noise(self) -> None:
+        """How far FP32 is from itself, on the prompts of the checked sweeps."""
+        found = self.reference(SLOW)
         if found is None:
             return
-        self.details["reference"] = found
         noise = found["noise"]
         largest = max(noise["largest"].values())
-        self.details |= {"fp32_noise": largest, "fp32_noise_share": noise["largest_share"]}
+        self.details |= {"noise": noise, "fp32_noise": largest, "fp32_noise_share": noise["largest_share"]}
         print(f"  FP32's own noise: effects of {noise['sampled']} tests in other orders of summation differ by at most "
               + ", ".join(f"{value:.1e} ({pair})" for pair, value in noise["largest"].items())
               + f"; as a share of the metric (at least 1) by {noise['largest_share']:.1e}, where a decision counts as "
@@ -182,7 +181,7 @@ class TaskRun:
     def _decisions(self, rows: Iterable[str], thresholds: Iterable[float]) -> None:
         for threshold in thresholds:
             for row in rows:
-                found = self.sweep(row, threshold, True)
+                found = self.sweep(row, threshold, self.given.sweep_n, check=True)
                 if found is not None:
                     check = found["check"]
                     apart = check["within_noise"] if row in EXACT else 0
@@ -203,21 +202,22 @@ class TaskRun:
 
     def _curves(self) -> None:
         """AUC of the rows asked for; thresholds from the highest, whose sweeps are the shortest."""
-        given, reference = self.given, self.details.get("reference")
-        if reference is None:
-            return
-        edges, wanted = (_places(reference[name], reference["places"]) for name in ("edges", "kept"))
-        try:
-            rates(wanted, wanted, edges)
-        except PahqError as error:
-            print(f"  no AUC: {error}")
-            return
+        given = self.given
         points: dict[str, dict[str, Point]] = {row: {} for row in given.auc}
         for threshold in sorted(given.thresholds, reverse=True):
             for row in given.auc:
                 if row == SLOW and threshold not in (max(given.thresholds), given.reference):
                     continue
-                found = self.sweep(row, threshold, self.checked(row, threshold))
+                reference = self.reference(row)
+                if reference is None:
+                    continue
+                edges, wanted = (_places(reference[name], reference["places"]) for name in ("edges", "kept"))
+                try:
+                    rates(wanted, wanted, edges)
+                except PahqError as error:
+                    print(f"  no AUC: {error}")
+                    return
+                found = self.sweep(row, threshold, self.n_of(row))
                 if found is not None:
                     kept = _places(found["kept"], reference["places"])
                     points[row][f"{threshold:g}"] = rates(kept, wanted, edges)
@@ -231,7 +231,7 @@ class TaskRun:
 
     def _rtn(self) -> None:
         """Why rounding everything fails."""
-        found, reference = self.sweep(SLOW, self.given.reference, False), self.details.get("reference")
+        found, reference = self.sweep(SLOW, self.given.reference, self.given.sweep_n), self.reference(SLOW)
         if found is None:
             return
         additions = found["additions"]
@@ -258,6 +258,11 @@ class TaskRun:
         for row, found in self.rows.items():
             cells = [_cell(found.get(name), form) for name, _, form in columns]
             print(f"{row:12}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
+
+
+def _counted(answer: Answer) -> Answer:
+    """An answer with the number of its edges for their places."""
+    return {key: len(value) if key in ("kept", "edges") else value for key, value in answer.items()}
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -293,9 +298,7 @@ def options() -> argparse.Namespace:
     made.add_argument("--model", default="smollm2-135m", help="a name or path (default smollm2-135m)")
     made.add_argument("--tasks", default="ioi", help="names or files, with commas (default ioi; the figures are its)")
     made.add_argument("--n", type=int, default=16, help="prompts of timed sweeps (default 16)")
-    made.add_argument(
-        "--sweep-n", type=int, default=8, help="prompts of agreement and AUC (default 8; 4 is half as long)"
-    )
+    made.add_argument("--sweep-n", type=int, default=4, help="prompts of agreement and of rtn (default 4)")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--reference", type=float, default=0.05, help="threshold of the FP32 circuit (default 0.05)")
     made.add_argument("--thresholds", default="0.3,0.1,0.05,0.02,0.01", help="of the AUC's sweeps")
@@ -341,7 +344,7 @@ def main() -> None:
         details[run.task] = {"rows": run.rows, **run.details}
         run.table()
     details |= {"options": {k: str(v) for k, v in vars(given).items()}, "failures": runner.failures}
-    details["sweeps"] = [{"job": json.loads(key), **answer} for key, answer in runner.answers.items()]
+    details["sweeps"] = [{"job": json.loads(key), **_counted(answer)} for key, answer in runner.answers.items()]
     if runs[0].task == "ioi":
         targets(figures)
     if runner.failures:

@@ -65,7 +65,7 @@ def test_every_row_and_figure(tmp_path: Path) -> None:
 def test_failures_are_reported_and_the_rest_goes_on(tmp_path: Path) -> None:
     found, screen = benchmark(tmp_path, "--n", "5000", "--repeats", "1", "--thresholds", "0.1", "--auc", "pahq")
     failures = found["details"]["failures"]
-    assert len(failures) == 8  # every timed sweep but rtn's, for want of prompts
+    assert len(failures) == 9  # every timed sweep but rtn's and their reference, for want of prompts
     assert all(reason.startswith("failed: error: ") for reason in failures.values())
     assert "time_ratio" not in found["figures"]
     assert found["figures"]["agree_exact"] == 1
