@@ -157,9 +157,6 @@ class FullEvaluator:
         cut = self.mask[rows, graph.direct] < graph.edges[rows, graph.direct]
         if which == "q" and kind == "qkv":  # a group's input feeds all its heads
             x, cut = x.repeat_interleave(cfg.group_size, dim=0), cut.repeat(cfg.group_size)
-        weight, bias, norm = attn.parts(which)
-        out = torch.einsum("hntd,hdc->nhtc", x, weight)
-        out = out if bias is None else out + bias[:, None]
-        out = out if norm is None else norm(out)
+        out = attn.project_each(x, which)
         fallback = {"q": self.ref.q, "k": self.ref.k, "v": self.ref.v}[which][layer]
         return torch.where(torch.from_numpy(cut).to(out.device)[:, None, None], fallback, out)

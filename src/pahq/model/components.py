@@ -118,6 +118,17 @@ class Attention:
         out = out if bias is None else out + bias[:, None, :]
         return out if norm is None else norm(out)
 
+    def project_each(self, x: Tensor, which: str) -> Tensor:
+        """Normalised inputs of their own x [heads, B, T, d] (groups for k and v) -> [B, heads, T, dh]."""
+        weight, bias, norm = self.parts(which)
+        out = torch.einsum("hbtd,hdc->bhtc", x, weight)
+        out = out if bias is None else out + bias[:, None]
+        return out if norm is None else norm(out)
+
+    def write_each(self, z: Tensor) -> Tensor:
+        """All heads' z [B, H, T, dh] -> what each adds to the residual stream [H, B, T, d], without b_O."""
+        return z.transpose(0, 1) @ self.W_O[:, None]
+
     def write(self, z: Tensor, head: int) -> Tensor:
         """One head's z [..., dh] -> what it adds to the residual stream [..., d], without b_O."""
         return z @ self.W_O[head]
@@ -153,7 +164,9 @@ class MLP:
 
     def act_on(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
         """The hidden layer [..., d_mlp] after the nonlinearity."""
-        out = activate(hidden, self.act) if gate is None else activate(gate, self.act).mul_(hidden)
+        out = activate(hidden if gate is None else gate, self.act)
+        if gate is not None:  # autograd needs the outputs of some nonlinearities as they were
+            out = out * hidden if out.requires_grad else out.mul_(hidden)
         return out if self.ln is None else self.ln(out)
 
     def write(self, hidden: Tensor) -> Tensor:

@@ -45,6 +45,12 @@ class RoundedAttention(Attention):
     def project_all(self, x: Tensor, which: str) -> Tensor:
         return torch.stack([self.project(x, which, index) for index in range(len(self.matrices[which]))], dim=-3)
 
+    def project_each(self, x: Tensor, which: str) -> Tensor:
+        return torch.stack([self.project(one, which, index) for index, one in enumerate(x)], dim=1)
+
+    def write_each(self, z: Tensor) -> Tensor:
+        return torch.stack([self.write(z[:, head], head) for head in range(z.shape[1])])
+
     def write(self, z: Tensor, head: int) -> Tensor:
         return self.matrices["o"][head].multiply(z)
 
