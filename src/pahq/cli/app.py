@@ -207,8 +207,10 @@ def _summary(circuit: Any, record: dict[str, Any], as_json: bool) -> None:
 def _add_others() -> None:
     from pahq.cli.precision import policies, precision_app
     from pahq.cli.tasks import tasks_app
+    from pahq.cli.truth import truth
 
     app.add_typer(tasks_app, name="tasks")
+    app.command()(truth)
     app.command()(policies)
     app.add_typer(precision_app, name="precision")
 

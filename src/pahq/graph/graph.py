@@ -111,8 +111,7 @@ class Graph:
     def edge(self, name: str) -> tuple[int, int]:
         """The inverse of ``edge_name``; raises PahqError for an edge that the graph lacks."""
         sender, arrow, receiver = (part.strip() for part in name.partition("->"))
-        rows = {str(r): i for i, r in enumerate(self.receivers)}
-        columns = {str(s): i for i, s in enumerate(self.senders)} | {DIRECT: self.direct}
+        rows, columns = self._places
         if (
             not arrow
             or receiver not in rows
@@ -121,6 +120,12 @@ class Graph:
         ):
             raise PahqError(f"edge '{name}' does not exist in {self.config.name}; write it like 'm0->a1.0.q'")
         return rows[receiver], columns[sender]
+
+    @cached_property
+    def _places(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Rows by receiver's name, columns by sender's."""
+        rows = {receiver.name: row for row, receiver in enumerate(self.receivers)}
+        return rows, {sender.name: column for column, sender in enumerate(self.senders)} | {DIRECT: self.direct}
 
     def options(self) -> dict[str, bool]:
         return {"split_qkv": self.split_qkv, "direct_edges": self.direct_edges, "split_pos": self.split_pos}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pahq.task import Task
 
 FORMAT = "pahq-truth-1"
-FAMILIES = ("canonical",)
+FAMILIES = ("canonical", "tracr")
 """Modules of this folder, in the order in which their truths are listed."""
 INTERPBENCH = "interpbench:"
 """What goes before a case of InterpBench, or before a folder laid out like one."""
