@@ -15,14 +15,17 @@ from pahq.errors import PahqError
 
 if TYPE_CHECKING:
     from pahq.api import discover
+    from pahq.assessment import compare, evaluate
     from pahq.evaluation.circuit import Circuit
     from pahq.model import load_model
     from pahq.task import get_task, list_tasks
 
-__all__ = ["Circuit", "PahqError", "discover", "get_task", "list_tasks", "load_model"]
+__all__ = ["Circuit", "PahqError", "compare", "discover", "evaluate", "get_task", "list_tasks", "load_model"]
 
 _HOMES = {
     "discover": "pahq.api",
+    "evaluate": "pahq.assessment",
+    "compare": "pahq.assessment",
     "Circuit": "pahq.evaluation.circuit",
     "load_model": "pahq.model",
     "get_task": "pahq.task",

@@ -98,6 +98,32 @@ class Circuit:
         tested = [edge for edge in self.edges() if not math.isnan(edge.effect)]
         return sorted(tested, key=lambda edge: (-abs(edge.effect), edge.order))[:n]
 
+    def to_networkx(self) -> Any:
+        """The circuit as a ``networkx.DiGraph`` from ``embed`` to ``logits``.
+
+        Nodes are senders and receivers by name (an MLP is one node), with the attribute ``kind``. A kept direct edge
+        leads from an attention input to its heads (``a1.0.q`` to ``a1.0``); where a graph has no direct edges, the
+        same links are there with kind ``link``. Attributes of an edge: ``kind`` (addition, direct or link), and but
+        for links ``effect`` (NaN if untested) and ``order``.
+        """
+        import networkx  # takes a while to import
+
+        graph, found = self.graph, networkx.DiGraph()
+        for row, receiver in enumerate(graph.receivers):
+            found.add_node(receiver.name, kind=receiver.kind)
+            heads = [f"a{receiver.layer}.{head}" for head in graph.heads_of(receiver)] if receiver.is_attention else []
+            for column in np.flatnonzero(self.mask[row]).tolist():
+                facts = {"effect": float(self.effects[row, column]), "order": int(self.order[row, column])}
+                if column == graph.direct:
+                    found.add_edges_from(((receiver.name, head) for head in heads), kind="direct", **facts)
+                else:
+                    found.add_edge(graph.sender_name(column), receiver.name, kind="addition", **facts)
+            if not graph.direct_edges:
+                found.add_edges_from(((receiver.name, head) for head in heads), kind="link")
+        for sender in graph.senders:
+            found.add_node(sender.name, kind=sender.kind)
+        return found
+
     def __repr__(self) -> str:
         return (
             f"Circuit({self.graph.config.name}: {self.n_addition} of {self.graph.n_addition} addition edges, "

@@ -1,7 +1,8 @@
-"""How close sets of kept edges come to a reference set: F1, and the area under a curve of several such sets.
+"""How close sets of kept edges (or nodes) come to a reference set: F1, and the area under a curve of such sets.
 
-The curve is the ACDC paper's (Conmy et al. 2023): one point for each threshold of a method, the false-positive
-rate against the true-positive rate over all edges of the graph, and the end points (0, 0) and (1, 1).
+Two curves. Of several runs (the ACDC paper's, Conmy et al. 2023): one point for each threshold of a method, the
+false-positive rate against the true-positive rate over all edges of the graph, and the end points (0, 0) and (1, 1).
+Of one ranking: a point for each threshold that its scores allow.
 """
 
 from __future__ import annotations
@@ -26,12 +27,26 @@ def rates(kept: np.ndarray, reference: np.ndarray, edges: np.ndarray) -> Point:
 
     Raises PahqError if the reference keeps no edge or every edge: one of the rates is undefined then.
     """
-    positives, negatives = reference[edges], ~reference[edges]
-    if not positives.any() or not negatives.any():
-        which = "no edge" if not positives.any() else "every edge"
-        raise PahqError(f"roc: the reference circuit keeps {which}; choose another threshold for it")
+    positives, negatives = _sides(reference, edges)
     found = kept[edges]
     return Point(float(found[negatives].mean()), float(found[positives].mean()))
+
+
+def ranked(scores: np.ndarray, reference: np.ndarray, edges: np.ndarray, brief: bool = False) -> list[Point]:
+    """The curve of a ranking: the sets ``scores >= t`` for every t among the scores, from the largest down.
+
+    scores: float, finite where ``edges`` is True; the other arguments as for ``rates``. brief: leaves points out that
+    lie on a straight line between their neighbours (for plots: the standard area stays, the pessimistic one may not).
+    Raises PahqError as ``rates`` does, and for scores that are not finite.
+    """
+    positives, _ = _sides(reference, edges)
+    values = scores[edges]
+    if not np.isfinite(values).all():
+        raise PahqError("roc: some edges have no finite score, so there is no ranking; take a method that scores all")
+    from sklearn.metrics import roc_curve  # takes a second to import
+
+    fpr, tpr, _ = roc_curve(positives, values, drop_intermediate=brief)
+    return [Point(float(x), float(y)) for x, y in zip(fpr, tpr, strict=True)]
 
 
 def f1(kept: np.ndarray, reference: np.ndarray) -> float:
@@ -42,8 +57,10 @@ def f1(kept: np.ndarray, reference: np.ndarray) -> float:
 
 def auc(points: Iterable[Point]) -> float:
     """Standard area under the curve: trapezoids over all points in the order of their false-positive rates."""
+    from sklearn import metrics
+
     x, y = _ends(points)
-    return float((np.diff(x) * (y[1:] + y[:-1]) / 2).sum())
+    return float(metrics.auc(x, y))
 
 
 def pessimistic_auc(points: Iterable[Point]) -> float:
@@ -56,6 +73,15 @@ def pessimistic_auc(points: Iterable[Point]) -> float:
     above = np.concatenate(([True], y[1:] > best[:-1]))
     x, y = x[above], y[above]
     return float(((1 - x[1:]) * np.diff(y)).sum())
+
+
+def _sides(reference: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the edges the reference keeps and which not: bool [edges.sum()] each, neither without any."""
+    positives, negatives = reference[edges], ~reference[edges]
+    if not positives.any() or not negatives.any():
+        which = "no edge" if not positives.any() else "every edge"
+        raise PahqError(f"roc: the reference circuit keeps {which}; choose another threshold for it")
+    return positives, negatives
 
 
 def _ends(points: Iterable[Point]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,76 @@
+"""Plots of evaluations and comparisons: faithfulness against size, ROC, and cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pahq.report.results import Plot
+from pahq.report.tables import Row
+
+
+def drawn(record: Row, kind: str) -> Mapping[str, Plot]:
+    """The plots of an ``evaluation`` or a ``comparison``: file stem -> plot."""
+    found: dict[str, Plot] = {"faithfulness": (faithfulness, _recovering(record)), "roc": (roc, record["roc"])}
+    if kind == "comparison":
+        found["cost"] = (cost, [run for run in record["runs"] if run["cost"]["seconds"]])
+    return found
+
+
+def _recovering(record: Row) -> list[Row]:
+    return [run for run in record["runs"] if run["circuit"]["recovered"] is not None]
+
+
+def faithfulness(figure: Any, rows: Sequence[Row]) -> None:
+    """Share of the metric recovered against circuit size: a line for each ranking, and for each sweep's thresholds."""
+    axes = figure.subplots()
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    for place, (name, runs) in enumerate(groups.items()):
+        curves = runs[0]["curves"]
+        points = curves.get("signed", curves.get("absolute", [])) or [run["circuit"] for run in runs]
+        points = sorted((point for point in points if point["edges"]), key=lambda point: point["edges"])
+        axes.plot(
+            [point["edges"] for point in points],
+            [point["recovered"] for point in points],
+            marker="." if runs[0]["ranking"] else "o",
+            color=f"C{place}",
+            label=name,
+        )
+    for height, style in ((1, "--"), (0, ":")):
+        axes.axhline(height, color="grey", linewidth=0.8, linestyle=style)
+    axes.set_xscale("log")
+    axes.set(xlabel="edges in the circuit", ylabel=f"{rows[0]['metric']} recovered", title="faithfulness against size")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def roc(figure: Any, rows: Sequence[Row]) -> None:
+    """True-positive against false-positive rate, over edges and over nodes."""
+    for axes, kind in zip(figure.subplots(1, 2), ("edges", "nodes"), strict=True):
+        for place, row in enumerate(rows):
+            points = [[0.0, 0.0], *sorted(row[kind]["points"]), [1.0, 1.0]]
+            x, y = [point[0] for point in points], [point[1] for point in points]
+            axes.plot(x, y, color=f"C{place}", label=f"{row['name']}: {row[kind]['auc']:.3f}")
+            if not row["ranking"]:
+                axes.plot(x[1:-1], y[1:-1], "o", color=f"C{place}")
+        axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
+        axes.set(xlabel="false-positive rate", ylabel="true-positive rate", title=f"{kind} of {rows[0]['reference']}")
+        axes.set_aspect("equal")
+        axes.legend(fontsize="small", loc="lower right")
+
+
+def cost(figure: Any, rows: Sequence[Row]) -> None:
+    """Time and peak memory of each run."""
+    panels = figure.subplots(1, 2, sharey=True)
+    names = [row["name"] for row in rows]
+    memory = [max(row["cost"]["host_bytes"] or 0, row["cost"]["device_bytes"] or 0) / 2**30 for row in rows]
+    for axes, values, title in zip(
+        panels, ([row["cost"]["seconds"] for row in rows], memory), ("search, seconds", "peak memory, GiB"), strict=True
+    ):
+        axes.barh(names, values, color=[f"C{place}" for place in range(len(rows))])
+        axes.set(xlabel=title)
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].set_xscale("log")
+    panels[0].invert_yaxis()  # best run on top, as in the table

@@ -1,0 +1,102 @@
+"""Finished runs as they lie in their folders, and short names that tell them apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from pahq.errors import PahqError
+from pahq.evaluation.circuit import Circuit
+from pahq.files import read_json
+from pahq.report.config import RunConfig
+from pahq.report.folder import RUN_FILE, START_FILE
+
+SIZES = ("threshold", "edges")
+"""Options that set how large a circuit gets: runs that differ in nothing else are one method's, and share a curve."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """circuit, record: what ``circuit.*`` and ``run.json`` hold; config: the run's options."""
+
+    path: Path
+    circuit: Circuit
+    record: dict[str, Any]
+    config: RunConfig
+
+    @property
+    def group(self) -> str:
+        """Equal for runs that differ in nothing but ``SIZES``."""
+        return json.dumps({k: v for k, v in self.config.to_dict().items() if k not in SIZES}, sort_keys=True)
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """What the search took: seconds, total_seconds, states evaluated, peak memory in bytes; None where unknown."""
+        search, peak = self.record.get("search", {}), self.record.get("peak_memory", {})
+        return {
+            "seconds": search.get("seconds"),
+            "total_seconds": self.record.get("total_seconds"),
+            "states": search.get("states"),
+            "host_bytes": peak.get("host_bytes"),
+            "device_bytes": peak.get("device_bytes"),
+        }
+
+
+def finished_run(path: str | PathLike[str]) -> FinishedRun:
+    """The run in a folder; raises PahqError where there is none, or none that is finished."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise PahqError(f"{path}: there is no such folder; give the folder of a finished run")
+    if not (folder / RUN_FILE).exists():
+        if (folder / START_FILE).exists():
+            raise PahqError(f"{path}: this run is not finished; go on with it: pahq resume {path}")
+        raise PahqError(f"{path}: there is no finished run ({RUN_FILE} is missing); check the path")
+    record = read_json(folder / RUN_FILE)
+    if not isinstance(record.get("config"), dict) or "study" in record:
+        raise PahqError(f"{path}: not the folder of a run of pahq discover; check the path")
+    return FinishedRun(folder, Circuit.load(folder), record, RunConfig.from_dict(record["config"], str(path)))
+
+
+def group_names(runs: Sequence[FinishedRun]) -> dict[str, str]:
+    """group -> its name: the method, the policy if it is of low precision, and every option in which groups differ."""
+    configs = {run.group: run.config.to_dict() for run in runs}
+    options = [name for name in next(iter(configs.values()), {}) if name not in (*SIZES, "method", "policy")]
+    odd = [name for name in options if len({json.dumps(c[name], sort_keys=True) for c in configs.values()}) > 1]
+    names = {}
+    for group, config in configs.items():
+        words = [config["method"]] + ([config["policy"]] if config["policy"] != "fp32" else [])
+        for name in odd:
+            words += _words(name, config[name])
+        names[group] = " ".join(words)
+    return names
+
+
+def run_names(runs: Sequence[FinishedRun]) -> list[str]:
+    """A name for each run: its group's and its size option; the same run given twice is told by its folder."""
+    groups = group_names(runs)
+    names = []
+    for run in runs:
+        config = run.config.to_dict()
+        size = [] if config.get("threshold") is None else [f"{config['threshold']:g}"]
+        size += [] if config.get("edges") is None else [f"{config['edges']} edges"]
+        names.append(" ".join([groups[run.group], *size]))
+    return [f"{name} ({run.path})" if names.count(name) > 1 else name for name, run in zip(names, runs, strict=True)]
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """A value as part of a name."""
+    if isinstance(value, dict):
+        return [f"{key}={item}" for key, item in value.items()]
+    if isinstance(value, bool):
+        return [name.replace("_", "-")] if value else []
+    if value is None:
+        return []
+    return (
+        [Path(value).stem]
+        if name in ("model", "task")
+        else [str(value) if isinstance(value, str) else f"{name}={value}"]
+    )

@@ -1,0 +1,64 @@
+"""The folder of an evaluation or a comparison: JSON, tables as CSV, plots."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pahq.errors import PahqError
+from pahq.files import naming, read_json, write_atomic, write_json
+from pahq.report import plots
+from pahq.report.tables import Row, as_csv, as_json
+
+FORMAT = "pahq-evaluation-1"
+Plot = tuple[Callable[[Any, Sequence[Row]], None], Sequence[Row]]
+"""What fills a matplotlib Figure, and the rows it fills it from."""
+
+
+class ResultFolder:
+    """Files appear whole and only once everything is computed; ``KIND.json`` is the last.
+
+    Made before anything is computed, so that a bad path is known at once. Results of the same kind in there are
+    replaced. Raises PahqError where the folder cannot be made or written, or holds anything else.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], kind: str) -> None:
+        self.path, self.kind = Path(path), kind
+        self._made = not self.path.exists()
+        with naming(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            found = sorted(entry.name for entry in self.path.iterdir() if not entry.name.endswith(".tmp"))
+            if not os.access(self.path, os.W_OK):
+                raise PermissionError(13, "", str(self.path))
+        if found and not (self._record in found and read_json(self.path / self._record).get("format") == FORMAT):
+            raise PahqError(f"{self.path}: holds something else ('{found[0]}'); choose a new or empty folder")
+
+    @property
+    def _record(self) -> str:
+        return f"{self.kind}.json"
+
+    def discard(self) -> None:
+        """Takes an empty folder away again that was made for results which did not come about."""
+        if self._made and self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def write(self, record: dict[str, Any], tables: Mapping[str, Sequence[Row]], drawn: Mapping[str, Plot]) -> bool:
+        """Writes tables (name -> rows), plots (name -> plot) and the record. -> whether plots could be drawn.
+
+        Empty tables, and plots without rows, are left out, and an earlier one of that name goes.
+        """
+        images = {name: plots.draw(plot, rows) if rows else None for name, (plot, rows) in drawn.items()}
+        with naming(self.path):
+            (self.path / self._record).unlink(missing_ok=True)  # what it told about is being replaced
+            for name in (*(f"{name}.csv" for name in tables), *(f"{name}.png" for name in drawn)):
+                (self.path / name).unlink(missing_ok=True)
+        for name, rows in tables.items():
+            if rows:
+                write_atomic(self.path / f"{name}.csv", as_csv(rows))
+        for name, image in images.items():
+            if image is not None:
+                write_atomic(self.path / f"{name}.png", image)
+        write_json(self.path / self._record, {"format": FORMAT, "kind": self.kind, **as_json(record)})
+        return all(image is not None for name, image in images.items() if drawn[name][1])
