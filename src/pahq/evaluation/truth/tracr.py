@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,8 @@ LONGEST = 5
 """Tokens after the first that a program is compiled for."""
 CONSTANTS = ("one", f"tokens:{BOS}")
 """Directions that the compiler needs (biases, the first position) and that no variable of a program stands for."""
+
+_MODULES = ("jax", "tracr.compiler.compiling", "tracr.compiler.lib", "tracr.rasp.rasp")
 
 PUBLISHED: dict[str, tuple[str, ...]] = {
     "tracr-reverse": (
@@ -115,9 +118,7 @@ def load(name: str) -> Truth:
 def compile_program(name: str) -> Compiled:
     """Configuration, weights by TransformerLens' names and direction labels; PahqError where tracr is missing."""
     try:
-        import jax
-        from tracr.compiler import compiling, lib
-        from tracr.rasp import rasp
+        jax, compiling, lib, rasp = map(import_module, _MODULES)
     except ImportError as error:
         raise PahqError(
             f"truth '{name}': compiling it needs tracr, which is not there ({error}); pip install 'pahq[tracr]'"
