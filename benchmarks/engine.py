@@ -22,14 +22,13 @@ import torch
 from common import finish, header, median, parser, seconds
 from pahq.engine.full import FullEvaluator
 from pahq.engine.marks import Marks
-from pahq.evaluation.behaviour import LogitsReadout
 from pahq.method.acdc import Acdc, AcdcOptions, AcdcResult
 from pahq.method.sweep import Sweep, visits
 from pahq.model import ModelConfig, Transformer, build, load_model
 from pahq.model.transformer import shapes
 from pahq.report.machine import gemm_peak
 from pahq.task import get_task
-from pahq.task.metrics import get_metric
+from pahq.task.metrics import LogitsReadout, get_metric
 from pahq.task.prompts import Prompts, last_position
 
 # Half the spread of the golden case c_mlp4l8h: the sweep then tests about 1,000 edges, as the public codes' did.

@@ -17,7 +17,6 @@ from torch import Tensor
 from common import seconds
 from pahq.engine.full import FullEvaluator
 from pahq.engine.marks import Marks
-from pahq.evaluation.behaviour import LogitsReadout
 from pahq.method.acdc import Acdc, AcdcOptions, AcdcResult
 from pahq.method.sweep import Sweep, visits
 from pahq.model import Transformer, load_model
@@ -30,7 +29,7 @@ from pahq.precision.streamed import streamed
 from pahq.precision.values import RoundedTransformer
 from pahq.report.machine import peak_memory
 from pahq.task import get_task
-from pahq.task.metrics import get_metric
+from pahq.task.metrics import LogitsReadout, get_metric
 from pahq.task.prompts import Prompts
 from pahq.task.score import read_logits
 

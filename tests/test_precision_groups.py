@@ -13,7 +13,6 @@ import tiny
 from pahq.engine import Engine
 from pahq.engine.full import patched_logits
 from pahq.errors import PahqError
-from pahq.evaluation.behaviour import LogitsReadout
 from pahq.evaluation.precision.edges import edge_effects
 from pahq.evaluation.precision.groups import draw, group_sizes, measure_groups, ways
 from pahq.graph import Graph
@@ -22,7 +21,7 @@ from pahq.model.transformer import build
 from pahq.precision.policy import get_policy
 from pahq.precision.size import head_bytes, weight_bytes
 from pahq.precision.store import WeightStore
-from pahq.task.metrics import get_metric
+from pahq.task.metrics import LogitsReadout, get_metric
 from random_models import Case, cases, drawn, random_weights
 
 

@@ -15,7 +15,6 @@ import tiny
 from pahq.engine import Batch, Engine
 from pahq.engine.full import patched_logits
 from pahq.errors import PahqError
-from pahq.evaluation.behaviour import LogitsReadout
 from pahq.evaluation.precision import passes
 from pahq.evaluation.precision.edges import edge_effects, full_marks, strong_edge
 from pahq.evaluation.precision.passes import removal
@@ -24,7 +23,7 @@ from pahq.graph import Graph
 from pahq.precision.policy import FP32, Policy, get_policy
 from pahq.precision.store import WeightStore
 from pahq.precision.values import rounded_model
-from pahq.task.metrics import get_metric
+from pahq.task.metrics import LogitsReadout, get_metric
 from random_models import Case, cases, drawn
 
 

@@ -5,34 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pahq.engine.full import patched_logits
 from pahq.evaluation.circuit import Circuit
 from pahq.model.transformer import Transformer
 from pahq.task.base import Task
-from pahq.task.metrics import get_metric
+from pahq.task.metrics import LogitsReadout, get_metric
 from pahq.task.prompts import Prompts
 from pahq.task.score import logit_difference, read_logits
-
-
-class LogitsReadout:
-    """Answers a metric's questions from one state's logits [N, P, V]."""
-
-    def __init__(self, logits: Tensor) -> None:
-        self._logits = logits[None]
-
-    def select(self, ids: Tensor) -> Tensor:
-        return self._logits.gather(-1, ids.clamp(min=0)[None])
-
-    def expect(self, probabilities: Tensor) -> Tensor:
-        return (self._logits.to(probabilities) * probabilities).sum(-1)
-
-    def logsumexp(self) -> Tensor:
-        return torch.logsumexp(self._logits.double(), dim=-1)
-
-    def logits(self) -> Tensor:
-        return self._logits
 
 
 @torch.no_grad()

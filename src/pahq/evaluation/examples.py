@@ -11,11 +11,10 @@ from torch import Tensor
 
 from pahq.engine.full import CHUNK_BYTES, FullEvaluator, patched_logits
 from pahq.errors import PahqError
-from pahq.evaluation.behaviour import LogitsReadout
 from pahq.graph import Graph
 from pahq.model.transformer import Transformer
 from pahq.task.base import Task
-from pahq.task.metrics import MatchNll, Metric, get_metric
+from pahq.task.metrics import LogitsReadout, MatchNll, Metric, get_metric
 from pahq.task.prompts import Prompts
 from pahq.task.score import read_logits
 

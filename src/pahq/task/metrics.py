@@ -37,6 +37,25 @@ class Readout(Protocol):
         ...
 
 
+class LogitsReadout:
+    """Answers a metric's questions from one state's logits [N, P, V]."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self._logits = logits[None]
+
+    def select(self, ids: Tensor) -> Tensor:
+        return self._logits.gather(-1, ids.clamp(min=0)[None])
+
+    def expect(self, probabilities: Tensor) -> Tensor:
+        return (self._logits.to(probabilities) * probabilities).sum(-1)
+
+    def logsumexp(self) -> Tensor:
+        return torch.logsumexp(self._logits.double(), dim=-1)
+
+    def logits(self) -> Tensor:
+        return self._logits
+
+
 class Metric(ABC):
     """A metric bound to its prompts and to the full-precision clean model's logits.
 

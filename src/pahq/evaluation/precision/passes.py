@@ -14,14 +14,13 @@ from torch import Tensor
 
 from pahq.engine.reference import Run, reference_run, run
 from pahq.engine.spans import gather
-from pahq.evaluation.behaviour import LogitsReadout
 from pahq.graph import Graph, Receiver, Sender
 from pahq.model.components import linear
 from pahq.model.transformer import Transformer
 from pahq.precision.policy import Policy
 from pahq.precision.store import WeightStore
 from pahq.precision.values import rounded_model
-from pahq.task.metrics import Readout
+from pahq.task.metrics import LogitsReadout, Readout
 from pahq.task.prompts import Prompts
 
 Streams = dict[str, Tensor]
