@@ -1,0 +1,96 @@
+"""Training of models with known circuits: its network is our transformer, and the same seed gives the same weights."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pahq.engine.full import patched_logits
+from pahq.graph import Graph
+from pahq.model import ModelConfig, build
+from pahq.task.prompts import last_position
+
+TRAINING = Path(__file__).resolve().parents[1] / "training"
+sys.path.insert(0, str(TRAINING))
+
+from network import Network  # noqa: E402  (a script's neighbour, found by the line above)
+
+
+def network(seed: int, positions: int = 5) -> Network:
+    cfg = ModelConfig(
+        n_layers=3,
+        n_heads=2,
+        n_kv_heads=2,
+        d_model=8,
+        d_head=4,
+        d_mlp=12,
+        d_vocab=9,
+        d_vocab_out=9,
+        n_ctx=positions,
+        act="gelu",
+    )
+    draw = torch.Generator().manual_seed(seed)
+    made = Network(cfg, draw)
+    for name, weight in made.weights.items():  # biases and norms that matter
+        if weight.ndim == 1 or ".b_" in name:
+            weight.data += 0.3 * torch.randn(weight.shape, generator=draw)
+    return made
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_network_is_our_transformer_under_any_gates(seed: int) -> None:
+    made = network(seed)
+    model = build(made.config, made.weights)
+    draw = torch.Generator().manual_seed(100 + seed)
+    tokens = torch.randint(9, (6, 5), generator=draw)
+    plain = made.run(tokens)
+    torch.testing.assert_close(plain.logits, model.forward(tokens)[:, -1], rtol=1e-4, atol=1e-5)
+    graph = Graph(made.config)
+    partner = torch.arange(6) ^ 1
+    gates = (torch.rand(6, *graph.shape, generator=draw) < 0.7).float()
+    patched = made.run(tokens, gates, plain.of(partner))
+    for example in range(6):
+        one = slice(example, example + 1)
+        prompts = last_position(tokens[one], tokens[partner][one], [[0]], [[1]])
+        mask = graph.edges & gates[example].bool().numpy()
+        expected = patched_logits(model, prompts, graph, mask)[0, 0]
+        torch.testing.assert_close(patched.logits[example], expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(patched.logits, plain.logits, atol=1e-2)
+    assert np.isfinite(patched.logits.detach().numpy()).all()
+
+
+def test_gradients_flow_through_both_runs() -> None:
+    made = network(0)
+    tokens = torch.randint(9, (4, 5), generator=torch.Generator().manual_seed(1))
+    plain = made.run(tokens)
+    gates = torch.zeros(4, *made.graph.shape)
+    made.run(tokens, gates, plain.of(torch.arange(4) ^ 1)).logits.sum().backward()
+    written = made.weights["blocks.0.mlp.W_out"].grad  # all gates are 0: the source's run alone remains
+    assert written is not None
+    assert written.abs().max() > 0
+
+
+def short(folder: Path, *options: str) -> dict:
+    command = [sys.executable, str(TRAINING / "siit.py"), "duplicate", "--steps", "4", "--out", str(folder), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "truth.json").read_text())
+
+
+def test_a_short_training_repeats_itself(tmp_path: Path) -> None:
+    facts = short(tmp_path / "a")
+    short(tmp_path / "b")
+    short(tmp_path / "c", "--seed", "7")
+    names = ("model.safetensors", "truth.json", "losses.csv")
+    a, b, c = ([(tmp_path / run / name).read_bytes() for name in names] for run in "abc")
+    assert a == b
+    assert a[0] != c[0]
+    assert facts["facts"]["training"]["steps"] == 4
+    assert a[2].decode().splitlines()[0].startswith("step,loss_task,loss_patched")
+    assert len(a[2].decode().splitlines()) == 3
