@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 
+import scored_runs
 from pahq.api import execute
 from pahq.evaluation.circuit import TENSOR_FILE
 from pahq.report import machine
 from pahq.report.config import RunConfig
 from pahq.report.journal import JOURNAL_FILE
+from pahq.report.state import STATE_FILE
 from tiny import RandomTask, transformer
 
 CONFIG = RunConfig("object:Transformer", "object:random", 0.0, metric="kl_div", n=4)
@@ -60,14 +62,16 @@ def kill_after(seconds: float, out: Path, model: Any, task: Any, config: RunConf
     return {
         "killed": status == -signal.SIGKILL,
         "decisions": journal.read_bytes().count(b'"order"') if journal.exists() else 0,
+        "state": (out / STATE_FILE).read_bytes().hex()[:4000] if (out / STATE_FILE).exists() else "",
         "finished": (out / "run.json").exists(),
     }
 
 
-def main(folder: Path, kills: int, policy: str, threshold: float) -> None:
+def main(folder: Path, kills: int, options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     machine.gemm_peak = lambda *_: 1e11  # half a second of every run otherwise
-    given = transformer(layers=5, heads=6), RandomTask(), replace(CONFIG, policy=policy, threshold=threshold)
+    scored_runs.add_double()
+    given = transformer(layers=5, heads=6), RandomTask(), replace(CONFIG, **options)
     seconds = []
     for name in ("whole", "again"):  # the first run of a process is slower
         began = time.monotonic()
@@ -89,4 +93,4 @@ def main(folder: Path, kills: int, policy: str, threshold: float) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))

@@ -356,10 +356,19 @@ def acdc(
     absolute: bool = False,
     head_order: str = "descending",
     sender_direction: str = "latest",
+    start: np.ndarray | None = None,
+    strength: np.ndarray | None = None,
 ) -> Sweep:
-    """Sequential ACDC (Conmy et al. 2023), an edge and a whole forward pass at a time."""
+    """Sequential ACDC (Conmy et al. 2023), an edge and a whole forward pass at a time.
+
+    start: the edges there are to begin with, all others being cut throughout. strength: a receiver's senders are
+    tested from the least up.
+    """
     clean = forward(model, graph, prompts.clean).logits
-    patch = Patch(graph.edges.copy(), set(), reference_run(model, graph, prompts, ablation))
+    mask, visited = graph.edges.copy(), set[Receiver]()
+    if start is not None:
+        mask, visited = start.copy(), set(graph.receivers)
+    patch = Patch(mask, visited, reference_run(model, graph, prompts, ablation))
     effects, order = np.full(graph.shape, np.nan), np.full(graph.shape, -1)
     decisions: list[Step] = []
 
@@ -370,6 +379,9 @@ def acdc(
     for receiver, edge in visits(graph):
         row = graph.receiver_index[receiver]
         columns = [graph.direct] if edge == "direct" else sender_order(graph, receiver, head_order, sender_direction)
+        columns = [column for column in columns if patch.mask[row, column]]
+        if strength is not None:
+            columns = sorted(columns, key=lambda column: strength[row, column])
         if edge == "addition":
             patch.visited.add(receiver)
         if not reaches_output(graph, patch.mask, receiver, edge):

@@ -174,6 +174,12 @@ def test_every_option_reaches_the_run(pahq: Pahq, files: Path, tmp_path: Path) -
         "under_test": None,
         "exact": None,
         "check": False,
+        "edges": None,
+        "select": None,
+        "method_options": {},
+        "prefilter": None,
+        "keep": None,
+        "order_by_score": False,
     }
 
 

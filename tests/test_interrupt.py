@@ -9,26 +9,47 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tiny import save_model, save_prompts
 
-KILLS = [("fp32", 2e-5, 20), ("pahq", 1e-3, 5)]
-"""Policy, threshold (which sets how long a run takes) and number of kills."""
+KILLS = [({"policy": "fp32", "threshold": 2e-5}, 20), ({"policy": "pahq", "threshold": 1e-3}, 5)]
+"""Options (the threshold sets how long a run takes) and number of kills."""
+SCORING = [
+    ({"method": "double", "edges": 50, "method_options": {"pause": 0.02}}, 8),
+    ({"method": "edge-pruning", "metric": "logit_diff", "method_options": {"steps": 60}}, 6),
+    ({"method": "exact", "edges": 50, "method_options": {"max_states": 4}}, 6),
+]
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize(("policy", "threshold", "kills"), KILLS)
-def test_runs_killed_at_random_moments_end_in_the_same_circuit(
-    tmp_path: Path, policy: str, threshold: float, kills: int
-) -> None:
-    script = [str(HERE / "killed_runs.py"), str(tmp_path), str(kills), policy, str(threshold)]
-    command = [sys.executable, *script]
+def killed_runs(folder: Path, kills: int, options: dict[str, Any]) -> dict[str, Any]:
+    """What ``killed_runs.py`` prints about runs with these options."""
+    command = [sys.executable, str(HERE / "killed_runs.py"), str(folder), str(kills), json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(("options", "kills"), SCORING)
+def test_scoring_runs_killed_at_random_moments_end_in_the_same_circuit(
+    tmp_path: Path, options: dict[str, Any], kills: int
+) -> None:
+    found = killed_runs(tmp_path, kills, {"threshold": None} | options)
+    moments = found["moments"]
+    assert len(moments) >= kills
+    assert len({moment["state"] for moment in moments} - {""}) >= kills // 4, moments
+    assert all(circuit == found["whole"] for circuit in found["resumed"]), moments
+
+
+@pytest.mark.parametrize(("options", "kills"), KILLS)
+def test_runs_killed_at_random_moments_end_in_the_same_circuit(
+    tmp_path: Path, options: dict[str, Any], kills: int
+) -> None:
+    found = killed_runs(tmp_path, kills, options)
     moments = found["moments"]
     assert len(moments) >= kills
     # Most kills must have hit a run in the middle of its search, at different places.

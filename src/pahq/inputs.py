@@ -30,6 +30,7 @@ def task_options(config: RunConfig) -> dict[str, Any]:
 
 def acdc_options(c: RunConfig) -> AcdcOptions:
     assert c.metric is not None
+    assert c.threshold is not None
     names = ("absolute", "ablation", "head_order", "sender_order", "split_qkv", "direct_edges", "split_pos", "exact")
     policy = get_policy(c.policy, c.under_test)
     given = {name: getattr(c, name) for name in names}

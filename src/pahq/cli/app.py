@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pahq.cli.options import task_options
+from pahq.cli.options import method_options, task_options
 from pahq.errors import PahqError
 from pahq.files import explain, read_json
 from pahq.report.config import CHOICES, RunConfig
@@ -65,11 +65,27 @@ Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on
 def discover(
     model: Annotated[str, typer.Option(help="smollm2-135m, a hub id, a local folder, or a .gguf file.")],
     task: Annotated[str, typer.Option(help="A task's name (see 'pahq tasks') or a JSONL or CSV file of prompts.")],
-    threshold: Annotated[float, typer.Option(help="An edge goes if cutting it raises the metric by less than this.")],
-    method: Annotated[str, typer.Option(help=_choice("method"))] = "acdc",
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="An edge goes if cutting it raises the metric (by its score) by less than this."),
+    ] = None,
+    method: Annotated[str, typer.Option(help=f"{_choice('method')} (see 'pahq methods').")] = "acdc",
+    method_option: Annotated[
+        list[str] | None, typer.Option(help="An option of the method, NAME=VALUE, such as steps=10; repeat for more.")
+    ] = None,
+    edges: Annotated[int | None, typer.Option(help="Edges to keep, instead of a threshold (not acdc).")] = None,
+    select: Annotated[
+        str | None, typer.Option(help=f"How scores choose edges: {_choice('select')} (default: top with --edges).")
+    ] = None,
+    prefilter: Annotated[str | None, typer.Option(help="For acdc: a method whose scores thin the edges first.")] = None,
+    keep: Annotated[float | None, typer.Option(help="For --prefilter: share of the edges left to sweep.")] = None,
+    order_by_score: Annotated[
+        bool, typer.Option("--order-by-score", help="For --prefilter: test senders from the least score up.")
+    ] = False,
     metric: Annotated[str | None, typer.Option(help="kl_div, logit_diff, … (default: the task's own).")] = None,
     out: Annotated[
-        str | None, typer.Option(help="Folder of the run (default: runs/MODEL-TASK-METRIC-THRESHOLD[-POLICY]).")
+        str | None,
+        typer.Option(help="Folder of the run (default: runs/MODEL-TASK-[METHOD-]METRIC-THRESHOLD[-POLICY])."),
     ] = None,
     n: Annotated[int, typer.Option("--n", "-n", help="Number of prompts.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed that draws the prompts.")] = 0,
@@ -111,7 +127,11 @@ def discover(
 ) -> None:
     """Find a circuit. The same command goes on with a run that was cut short."""
     options = {name: value for name, value in locals().items() if name in RunConfig.__dataclass_fields__}
-    config = RunConfig(**options, task_options=task_options(task_option or []))
+    config = RunConfig(
+        **options,
+        task_options=task_options(task_option or []),
+        method_options=method_options(method_option or []),
+    )
     folder = _default_folder(config) if out is None else out
 
     from pahq.api import execute
@@ -162,7 +182,17 @@ def _typed() -> str:
 
 
 def _default_folder(config: RunConfig) -> str:
-    parts = [Path(config.model).stem, Path(config.task).stem, config.metric or "default", f"{config.threshold:g}"]
+    parts = [Path(config.model).stem, Path(config.task).stem]
+    if config.method != "acdc":
+        parts.append(config.method)
+    if config.prefilter is not None:
+        parts += [config.prefilter, *([] if config.keep is None else [f"{config.keep:g}"])]
+        parts += ["ordered"] if config.order_by_score else []
+    parts.append(config.metric or "default")
+    if config.threshold is not None:
+        parts.append(f"{config.threshold:g}")
+    if config.edges is not None:
+        parts += [config.rule, str(config.edges)]
     if config.policy != "fp32":
         parts.append(Path(config.policy).stem if config.policy.endswith(".json") else config.policy)
     return str(Path("runs") / re.sub(r"[^\w.-]+", "_", "-".join(parts)))
@@ -205,12 +235,17 @@ def _summary(circuit: Any, record: dict[str, Any], as_json: bool) -> None:
 
 
 def _add_others() -> None:
+    from pahq.cli.evaluate import compare, evaluate
+    from pahq.cli.methods import methods
     from pahq.cli.precision import policies, precision_app
     from pahq.cli.tasks import tasks_app
     from pahq.cli.truth import truth
 
+    app.command()(methods)
     app.add_typer(tasks_app, name="tasks")
     app.command()(truth)
+    app.command()(evaluate)
+    app.command()(compare)
     app.command()(policies)
     app.add_typer(precision_app, name="precision")
 

@@ -75,7 +75,7 @@ class Lag:
 class Engine:
     """Holds one base state (a set of present edges) and evaluates states that differ from it by a few edges.
 
-    The base starts as the full model. ``evaluate`` gives the metric of each state of a batch,
+    The base starts as the full model (or a circuit). ``evaluate`` gives the metric of each state of a batch,
     ``commit`` makes one of them the base, ``rebase`` computes the base afresh from a mask.
     """
 
@@ -91,11 +91,13 @@ class Engine:
         tolerance: float = 0.0,
         policy: Policy | str = "fp32",
         scheduler: Scheduler | None = None,
+        start: np.ndarray | None = None,
     ) -> None:
         """screen: sum over likely tokens where that will do (see ``screen.Screen``); None: for large vocabularies.
 
         tolerance: how much slack the base state's own metric may have. policy: see ``precision.policy``.
         scheduler: streams that FP32 weights and low-precision products may use; the caller closes it.
+        start: edges of the base to begin with, bool [n_receivers, n_senders + 1], None for all; marks must lie within.
         Raises PahqError for padding the model would attend to, and a policy that the device or type cannot bear.
         """
         check_padding(prompts, model.config)
@@ -103,7 +105,7 @@ class Engine:
         self.prompts, self.graph, self.memory_limit, self.tolerance = prompts, graph, memory_limit, tolerance
         self.flops = Flops()
         self.parts: Arithmetics = setup(
-            model, prompts, graph, metric, ablation, screen, self.policy, self.flops, scheduler
+            model, prompts, graph, metric, ablation, screen, self.policy, self.flops, scheduler, start
         )
         self.model, self.spans, self.state = self.parts.nodes.model, self.parts.nodes.spans, self.parts.state
         self.metric, self.vocabulary, self.store = self.parts.metric, self.parts.vocabulary, self.parts.store

@@ -91,6 +91,7 @@ class FullEvaluator:
         for layer in range(from_layer, model.config.n_layers):
             x = self._layer(x, layer, where)
         final = self._inputs([graph.receiver_index[Receiver("logits", model.config.n_layers)]], x, ref.final)[0]
+        self._keep("final", final)
         return model.unembed(final[torch.arange(len(prompts), device=model.device)[:, None], prompts.read])
 
     def _start(self) -> Tensor:
@@ -123,6 +124,8 @@ class FullEvaluator:
         graph, ref, cfg, block = self.graph, self.ref, self.model.config, self.model.blocks[layer]
         q, k, v = (self._computed(x, layer, which, where) for which in "qkv")
         z = self.model.attend(q, k, v)
+        for name, value in (("q", q), ("k", k), ("v", v), ("z", z)):
+            self._keep(name, value)
         heads = slice(self._column("head", layer), self._column("head", layer) + cfg.n_heads)
         torch.matmul((z - ref.z[layer]).transpose(0, 1), block.attn.W_O[:, None], out=self.delta[heads])
         middle = x + torch.einsum("nhtc,hcd->ntd", z, block.attn.W_O)
@@ -131,9 +134,13 @@ class FullEvaluator:
             row = graph.receiver_index[Receiver("mlp", layer)]
             read = self._inputs([row], x if cfg.parallel else middle, ref.mlp_in[layer])[0]
             out = block.mlp(block.ln2(read))
+            self._keep("mlp", out)
             self.delta[self._column("mlp", layer)] = out - ref.mlp[layer]
             middle = middle + out
         return middle
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        """Told what every layer computes, for whoever needs more than logits."""
 
     def _column(self, kind: str, layer: int) -> int:
         """Column of the layer's MLP, or of its first head."""

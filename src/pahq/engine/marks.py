@@ -31,11 +31,11 @@ class Marks:
         self.graph, self.mask, self.reach, self.finished = graph, mask, reach, finished
 
     @classmethod
-    def full(cls, graph: Graph) -> Marks:
-        """All edges present, no receiver decided."""
+    def full(cls, graph: Graph, mask: np.ndarray | None = None) -> Marks:
+        """All edges present, or those of ``mask``; no receiver decided."""
         return cls(
             graph,
-            graph.edges.copy(),
+            (graph.edges if mask is None else mask).copy(),
             np.zeros(len(graph.senders), dtype=np.int8),
             np.zeros(len(graph.receivers), dtype=bool),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,8 +16,10 @@ from pahq.engine.nodes import Nodes
 from pahq.engine.reference import Run, reference_run, run
 from pahq.engine.screen import Screen, worth_screening
 from pahq.engine.spans import Spans, gather
+from pahq.engine.start import circuit_run
 from pahq.engine.state import State
 from pahq.engine.vocabulary import Vocabulary
+from pahq.errors import PahqError
 from pahq.graph import Graph
 from pahq.model.transformer import Transformer
 from pahq.precision.formats import Format, round_to
@@ -53,9 +56,15 @@ def setup(
     policy: Policy,
     flops: Flops,
     scheduler: Scheduler | None = None,
+    start: np.ndarray | None = None,
 ) -> Arithmetics:
-    """See ``engine.Engine``. The metric's reference is always the FP32 model's output, whatever the policy."""
+    """See ``engine.Engine``. The metric's reference is always the FP32 full model's output, whatever the policy."""
     policy.require(model.device, model.dtype)
+    if start is not None and policy.values:
+        raise PahqError(
+            f"policy '{policy.name}': rounds values, with which a sweep starts from the full model; "
+            "leave the prefilter out, or take fp32, pahq, bf16 or int8"
+        )
     if scheduler is None and isinstance(model.blocks, StreamedBlocks):
         scheduler = model.blocks.scheduler
     store = WeightStore(model, policy)
@@ -67,6 +76,8 @@ def setup(
     reference = reference_run(computes, prompts, ablation, graph.split_pos)
     own = run(model, prompts.clean, graph.split_pos).final if policy.values else clean.final
     clean_logits = model.unembed(gather(own, prompts.read))
+    if start is not None:
+        clean = circuit_run(model, prompts, graph, start, reference)
     metric = get_metric(metric_name, prompts, clean_logits)
     rounds_metric = policy.values and not policy.format("metric").is_exact
     if rounds_metric:
@@ -92,7 +103,7 @@ def setup(
         low = _gap_of_differences(graph, clean, reference, store, flops)
         rough = Differences(graph, clean, reference, spans, nodes, low)
     differences = Differences(graph, clean, reference, spans, nodes, gap)
-    state = State(graph, clean, reference, spans, nodes, differences, rough)
+    state = State(graph, clean, reference, spans, nodes, differences, rough, start)
     if policy.values:
         fine = exact if policy.receiver_under_test else None
         plain = Arithmetic(

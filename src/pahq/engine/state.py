@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,8 @@ LinearKey = tuple[str, int, int, Reach]
 Products = tuple[Tensor, ...]
 """What a receiver's matrices give before any nonlinearity: an MLP's hidden layer [B, P, d_mlp] and its gate if it has
 one; queries, keys or values [B, P, dh] before their norm."""
+STARTED = 32
+"""Receivers whose inputs at a start without all edges are kept at a time."""
 LINEAR_BYTES = 1 << 30
 """Memory for products of the clean run; beyond it they are computed when needed."""
 
@@ -35,6 +38,7 @@ class State:
     Shapes: receiver inputs and MLP outputs [B, P, d], heads before W_O [B, P, dh], at the positions
     of their reach; queries likewise; keys and values [B, stop - start, dh].
     rough: the senders' differences as chains take them away, where those of ``differences`` are not theirs.
+    start: the edges [n_receivers, n_senders + 1] that ``clean`` was computed with, None for all.
     """
 
     def __init__(
@@ -46,9 +50,10 @@ class State:
         nodes: Nodes,
         differences: Differences,
         rough: Differences | None = None,
+        start: np.ndarray | None = None,
     ) -> None:
         self.graph, self.clean, self.reference, self.spans, self.nodes = graph, clean, reference, spans, nodes
-        self.differences, self.rough = differences, rough
+        self.differences, self.rough, self.start = differences, rough, start
         self.changed: dict[Key, Tensor] = {}
         self._prefix: dict[Key, Tensor] = {}
         self._clean: dict[tuple[str, int, int, Reach], Tensor] = {}
@@ -56,7 +61,9 @@ class State:
 
     def twin(self) -> State:
         """Another state of the same runs, at the clean run."""
-        other = State(self.graph, self.clean, self.reference, self.spans, self.nodes, self.differences)
+        other = State(
+            self.graph, self.clean, self.reference, self.spans, self.nodes, self.differences, start=self.start
+        )
         other._prefix, other._clean = self._prefix, self._clean
         return other
 
@@ -92,7 +99,26 @@ class State:
     def input(self, row: int, level: Reach) -> Tensor:
         """A receiver's input in the base state: [B, P, d]."""
         stored = self.changed.get(("x", row, 0))
-        return self.spans.take(self.clean.receiver(self.graph.receivers[row]), level) if stored is None else stored
+        if stored is not None:
+            return stored
+        receiver = self.graph.receivers[row]
+        if self.start is None or receiver.kind == "logits":
+            return self.spans.take(self.clean.receiver(receiver), level)
+        return self._started(row, level)
+
+    def _started(self, row: int, level: Reach) -> Tensor:
+        """The input at the start where edges were gone then: each receiver has its own, made when it is asked for."""
+        key = ("x", row, 0, level)
+        if key not in self._clean:
+            for old in [old for old in self._clean if old[0] == "x"][:-STARTED]:
+                del self._clean[old]
+            assert self.start is not None
+            x = self.spans.take(self.reference.receiver(self.graph.receivers[row]), level)
+            x = x.expand(self.spans.read.shape[0], -1, -1).clone()
+            for column in self.start[row, : self.graph.direct].nonzero()[0].tolist():
+                x += self.differences.one(column, level)
+            self._clean[key] = x
+        return self._clean[key]
 
     def projected(self, which: str, layer: int, index: int, level: Reach) -> Tensor:
         """q, k or v in the base state, turned by its positions: [B, P, dh]; ``level`` ALL for k and v."""

@@ -22,7 +22,7 @@ from pahq.graph import Graph
 from pahq.method.check import Check
 from pahq.method.measure import Measurer
 from pahq.method.speculate import MAX_STATES, Speculator
-from pahq.method.sweep import Sweep, visits
+from pahq.method.sweep import Sweep, restricted, visits
 from pahq.model.transformer import Transformer
 from pahq.precision.policy import FP32, Policy
 from pahq.precision.schedule import Scheduler
@@ -145,10 +145,14 @@ class Acdc:
         screen: bool | None = None,
         check: bool = False,
         scheduler: Scheduler | None = None,
+        start: np.ndarray | None = None,
+        strength: np.ndarray | None = None,
     ) -> None:
         """memory_limit (bytes) and max_states bound a batch; decisions stay the same. screen: see ``engine.Engine``.
 
         check: evaluate every state in FP32 as well, and count disagreements. scheduler: see ``engine.Engine``.
+        start: bool [n_receivers, n_senders + 1], the edges that are swept; all others are gone beforehand (None: none).
+        strength: float of the same shape; a receiver's senders are tested from the least strength up.
         """
         self.options = options
         self.graph = Graph(model.config, options.split_qkv, options.direct_edges, options.split_pos)
@@ -163,12 +167,15 @@ class Acdc:
             BASE_TOLERANCE * abs(options.threshold),
             options.policy,
             scheduler,
+            start,
         )
         order = visits(self.graph, options.head_order == "ascending", options.sender_order == "earliest")
-        self.sweep = Sweep(order, Marks.full(self.graph))
+        if start is not None or strength is not None:
+            order = restricted(order, self.graph.edges if start is None else start, strength)
+        self.sweep = Sweep(order, Marks.full(self.graph, start))
         self.speculator = Speculator(self.graph, options.threshold, options.absolute, max_states)
         self.measurer = Measurer(self.engine, options.threshold, options.absolute, options.escalates)
-        self.check = Check(self.engine, model, prompts, options) if check else None
+        self.check = Check(self.engine, model, prompts, options, start) if check else None
         self.decisions: list[Decision] = []
         self._since_checkpoint = 0
         self._kept = self._states = self._wasted = self._batches = 0

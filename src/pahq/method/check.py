@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pahq.engine import Batch, Engine, Marks
 from pahq.engine.chain import parents
 from pahq.method.margin import NOISE
@@ -22,10 +24,25 @@ class Check:
     A disagreement whose FP32 effect lies within FP32's own rounding noise of the threshold is counted apart.
     """
 
-    def __init__(self, engine: Engine, model: Transformer, prompts: Prompts, options: AcdcOptions) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        model: Transformer,
+        prompts: Prompts,
+        options: AcdcOptions,
+        start: np.ndarray | None = None,
+    ) -> None:
         self.graph, self.threshold, self.absolute = engine.graph, options.threshold, options.absolute
         self.engine = Engine(
-            model, prompts, engine.graph, options.metric, options.ablation, engine.memory_limit, False, policy=FP32
+            model,
+            prompts,
+            engine.graph,
+            options.metric,
+            options.ablation,
+            engine.memory_limit,
+            False,
+            policy=FP32,
+            start=start,
         )
         self.checked = self.within_noise = 0
         self.largest_error = 0.0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from pahq.engine.marks import Marks, head_column, mlp_column
 from pahq.graph import Graph
@@ -41,6 +43,20 @@ def visits(graph: Graph, ascending_heads: bool = False, earliest_first: bool = F
     return order
 
 
+def restricted(order: list[Visit], mask: np.ndarray, strength: np.ndarray | None = None) -> list[Visit]:
+    """The same visits to the edges of ``mask`` [n_receivers, n_senders + 1] alone.
+
+    strength: of the same shape; a receiver's senders are then visited from the least up (ties as they stood).
+    """
+    visited = []
+    for visit in order:
+        columns = [column for column in visit.columns if mask[visit.row, column]]
+        if strength is not None:
+            columns.sort(key=lambda column: float(strength[visit.row, column]))
+        visited.append(replace(visit, columns=tuple(columns)))
+    return visited
+
+
 def _senders(graph: Graph, row: int, ascending_heads: bool, earliest_first: bool) -> tuple[int, ...]:
     """The senders of a receiver, latest first: a layer's MLP, its heads, the layer below, …, the embeddings."""
     upstream = graph.n_upstream(graph.receivers[row])
@@ -73,8 +89,10 @@ class Sweep:
             visit = self.order[self._visit]
             if not self._entered:
                 self._entered = True
-                if not self.marks.level(visit.row):
+                dead = not self.marks.level(visit.row)
+                if dead:
                     self.marks.mask[visit.row, list(visit.columns)] = False
+                if dead or not visit.columns:
                     self._leave(visit)
                     continue
             return visit.row, visit.columns[self._column]

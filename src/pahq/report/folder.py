@@ -1,7 +1,8 @@
 """The folder of one run: who may write to it, what run it belongs to, and whether that run is finished.
 
-``start.json`` is written first and says what the run is; ``journal.jsonl`` grows while it goes on;
-``circuit.json``, ``circuit.safetensors`` and, last of all, ``run.json`` appear when it is finished.
+``start.json`` is written first and says what the run is. ``journal.jsonl`` (a sweep) or ``state.safetensors`` (scores
+of edges) tells how far it has come; ``scores.safetensors`` holds scores once they are made. ``circuit.json``,
+``circuit.safetensors`` and, last of all, ``run.json`` appear when it is finished.
 """
 
 from __future__ import annotations

@@ -75,6 +75,8 @@ def screen(record: dict[str, Any]) -> list[RenderableType]:
     if isinstance(facts, str):  # a run from before there were policies
         return []
     formats = {name for name in facts["policy"]["formats"].values() if name != "fp32"}
+    if "weights" not in facts:  # scores, not a sweep
+        return [Text(_policy(facts))] if formats else []
     check = [] if facts["check"] is None else [_check(facts["check"])]
     if not formats:
         total = sum(facts["weight_bytes"].values())

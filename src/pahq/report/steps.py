@@ -15,16 +15,22 @@ class Steps:
         self.watch = watch
         self._bar: Any = None
         self._began = self._last = time.monotonic()
+        self._earlier: int | None = None  # steps of an earlier process, which went on here
 
     def step(self, what: str, done: int = 0, of: int = 0) -> None:
         """``what`` was finished, the ``done``-th of ``of`` steps; without numbers, it begins."""
         if not of:
             self.watch.say(what)
-        elif isinstance(self.watch, LiveWatch):
+            return
+        if self._earlier is None:
+            self._earlier = done if done > 1 else 0
+            self._began = time.monotonic() if done > 1 else self._began
+        if isinstance(self.watch, LiveWatch):
             self._show(self.watch, what, done, of)
         elif isinstance(self.watch, PlainWatch) and time.monotonic() - self._last >= PLAIN_INTERVAL:
             self._last = time.monotonic()
-            left = (self._last - self._began) / done * (of - done)
+            here = done - self._earlier
+            left = (self._last - self._began) / here * (of - done) if here else None
             self.watch.say(f"{done} of {of}: {what}, about {as_time(left)} left")
 
     def _show(self, watch: LiveWatch, what: str, done: int, of: int) -> None:
@@ -33,7 +39,7 @@ class Steps:
         if self._bar is None:
             columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[what]}"))
             self._bar = Progress(*columns, TimeRemainingColumn(), console=watch.console, transient=True)
-            self._task = self._bar.add_task("steps", total=of, what=what)
+            self._task = self._bar.add_task("steps", total=of, what=what, completed=self._earlier or 0)
             self._bar.start()
         self._bar.update(self._task, completed=done, what=what)
 

@@ -22,12 +22,11 @@ def show(circuit: Circuit, record: dict[str, Any], console: Console | None = Non
 def summary(circuit: Circuit, record: dict[str, Any]) -> RenderableType:
     """The screen as a rich renderable. ``record``: the content of ``run.json``."""
     config = record["config"]
-    title = Text(
-        f"{config['method']} · {config['model']} · {config['task']} · {config['metric']} · "
-        f"threshold {config['threshold']:g}",
-        style="bold",
-    )
-    parts: list[RenderableType] = [title, _size(circuit), _behaviour(circuit, config["metric"]), _work(record)]
+    names = [config[name] for name in ("method", "model", "task", "metric")]
+    title = Text(" · ".join([*names, _choice(record)]), style="bold")
+    work = _scoring(record) if "selection" in record["search"] else _work(record)
+    parts: list[RenderableType] = [title, _size(circuit), _behaviour(circuit, config["metric"])]
+    parts += [*_prefilter(record, config["metric"]), work]
     return Group(*parts, *precision.screen(record), _largest(circuit))
 
 
@@ -38,6 +37,7 @@ def as_json(circuit: Circuit, record: dict[str, Any]) -> dict[str, Any]:
     return {
         **{name: facts[name] for name in names},
         "search": record["search"],
+        **{name: record[name] for name in ("prefilter",) if name in record},
         "precision": record["precision"],
         "total_seconds": record["total_seconds"],
         "peak_memory": record["peak_memory"],
@@ -74,6 +74,46 @@ def _behaviour(circuit: Circuit, metric: str) -> RenderableType:
 
 def _decimal(value: float | None) -> str:
     return "–" if value is None else f"{round(value, 4) + 0.0:.4f}"  # adding zero turns -0.0 into 0.0
+
+
+def _choice(record: dict[str, Any]) -> str:
+    """By what edges stay: the last part of the title."""
+    config, selection = record["config"], record["search"].get("selection")
+    if selection is None:
+        return f"threshold {config['threshold']:g}"
+    if selection["rule"] != "threshold":
+        return f"{selection['rule']} {selection['edges']:,} edges"
+    own = " (the method's own)" if config["threshold"] is None else ""
+    return f"score of at least {selection['threshold']:g}{own}"
+
+
+def _scoring(record: dict[str, Any]) -> RenderableType:
+    """The work of a method that scores edges."""
+    search = record["search"]
+    stats = [f"{name} {value:,}" for name, value in search["stats"].items() if isinstance(value, int)]
+    lines = [
+        f"all edges scored in {as_time(search['seconds'])}; whole run {as_time(record['total_seconds'])}"
+        + (f", resumed {search['resumes']}×" if search["resumes"] else "")
+        + (f"; {', '.join(stats)}" if stats else ""),
+        *(f"note: {note}" for note in search["notes"]),
+        f"peak memory {_peak(record['peak_memory'])}",
+    ]
+    return Text("\n".join(lines))
+
+
+def _prefilter(record: dict[str, Any], metric: str) -> list[RenderableType]:
+    """What a prefilter left and what that cost; nothing for a run without one."""
+    facts = record.get("prefilter")
+    if facts is None:
+        return []
+    faithful = "" if facts["faithfulness"] is None else f", faithfulness {facts['faithfulness']:.3f}"
+    order = ", senders tested from the least score up" if facts["order_by_score"] else ""
+    text = (
+        f"prefilter {facts['method']}: {100 * facts['share_filtered']:.1f} % of the edges removed beforehand, "
+        f"{facts['edges_left']:,} left to sweep{order}; {metric} {_decimal(facts['metric'])}{faithful} before the "
+        f"sweep; scored in {as_time(facts['seconds'])}"
+    )
+    return [Text("\n".join([text, *(f"note: {note}" for note in facts["notes"])]))]
 
 
 def _work(record: dict[str, Any]) -> RenderableType:

@@ -1,0 +1,51 @@
+"""``pahq methods``: the methods there are, and their options."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, Field, fields
+from typing import Annotated, Any
+
+import typer
+
+from pahq.method.registry import METHODS, Method
+
+
+def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the methods with their options and defaults (for --method-option)."""
+    if as_json:
+        typer.echo(json.dumps([_facts(method) for method in METHODS.values()], indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("method", "family", "what it does, and its options"):
+        table.add_column(title, no_wrap=title != "what it does, and its options")
+    for method in METHODS.values():
+        options = _facts(method)["options"]
+        shown = " ".join(f"{name}={_word(value)}" for name, value in options.items())
+        table.add_row(method.name, method.family, Text(method.about + (f"\n  {shown}" if shown else "")))
+    Console(highlight=False).print(table)
+
+
+def _facts(method: Method) -> dict[str, Any]:
+    cls = method.options_class
+    return {
+        "name": method.name,
+        "family": method.family,
+        "about": method.about,
+        "natural_threshold": method.natural,
+        "options": {} if cls is None else {f.name: _default(f) for f in fields(cls) if f.init},
+    }
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return {None: "none", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, str) else value
