@@ -1,12 +1,14 @@
-"""F1 and areas under curves of edge sets, against sets made by hand and against scikit-learn."""
+"""F1 and areas under curves of edge sets, against sets made by hand."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from pahq.errors import PahqError
-from pahq.evaluation.roc import Point, auc, f1, pessimistic_auc, rates
+from pahq.evaluation.roc import Point, auc, f1, pessimistic_auc, ranked, rates
 
 REFERENCE = np.array([[1, 1, 0, 0, 0], [1, 1, 0, 0, 0]], dtype=bool)
 EDGES = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=bool)
@@ -45,14 +47,61 @@ def test_areas_by_hand() -> None:
     assert pessimistic_auc(three) == pytest.approx(0.9 * 0.9 + 0.7 * 0.1)
 
 
-def test_the_standard_area_is_scikit_learns() -> None:
-    from sklearn import metrics
+def test_a_ranking_by_hand() -> None:
+    scores = np.array([[5, 4, 3, 3, 0], [3, 1, 2, 99, 99]], dtype=float)  # the last two places are no edges
+    # from the best score down: 5 and 4 are right; of the three 3s one is; 2 is wrong, 1 right, 0 wrong
+    curve = [
+        Point(0, 0),
+        Point(0, 0.25),
+        Point(0, 0.5),
+        Point(0.5, 0.75),
+        Point(0.75, 0.75),
+        Point(0.75, 1),
+        Point(1, 1),
+    ]
+    assert ranked(scores, REFERENCE, EDGES) == curve
+    area = 0.5 * (0.5 + 0.75) / 2 + 0.25 * 0.75 + 0.25 * 1
+    assert auc(curve) == pytest.approx(area)
+    assert pessimistic_auc(curve) == pytest.approx(0.5 * 1 + 0.25 * 0.5 + 0.25 * 0.25)
+    assert auc(ranked(scores, REFERENCE, EDGES, brief=True)) == pytest.approx(area)
 
+
+def test_a_brief_ranking_has_the_same_area() -> None:
+    draw = np.random.default_rng(0)
+    reference = np.arange(200) < 40
+    scores = draw.normal(size=200) + reference
+    whole, brief = (ranked(scores, reference, reference | True, brief) for brief in (False, True))
+    assert len(brief) < len(whole) / 2
+    assert auc(brief) == pytest.approx(auc(whole))
+
+
+def test_a_ranking_is_the_curve_of_its_circuits() -> None:
+    """Every threshold among the scores, as a set of edges of its own."""
+    draw = np.random.default_rng(0)
+    for _ in range(5):
+        edges = draw.random((6, 7)) < 0.8
+        reference = edges & (draw.random((6, 7)) < 0.3)
+        scores = draw.integers(0, 9, (6, 7)).astype(float)
+        one_by_one = [rates(edges & (scores >= t), reference, edges) for t in sorted(set(scores[edges]), reverse=True)]
+        assert ranked(scores, reference, edges)[1:] == one_by_one
+
+
+def test_what_is_no_ranking_is_refused() -> None:
+    scores = np.ones(REFERENCE.shape)
+    scores[0, 2] = np.nan
+    with pytest.raises(PahqError, match="no finite score"):
+        ranked(scores, REFERENCE, EDGES)
+    with pytest.raises(PahqError, match="keeps no edge"):
+        ranked(scores, EDGES & False, EDGES)
+
+
+def test_the_standard_area_is_that_of_trapezoids() -> None:
     draw = np.random.default_rng(0)
     for count in (1, 2, 5, 20):
         points = [Point(*map(float, pair)) for pair in draw.random((count, 2))]
         ends = sorted([(0.0, 0.0), *points, (1.0, 1.0)])
-        assert auc(points) == pytest.approx(metrics.auc([x for x, _ in ends], [y for _, y in ends]))
+        trapezoids = [(b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(ends)]
+        assert auc(points) == pytest.approx(sum(trapezoids))
         assert auc(points[::-1]) == auc(points)
         assert pessimistic_auc(points) <= _upper_step(points) + 1e-12
 

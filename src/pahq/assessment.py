@@ -119,7 +119,7 @@ def compare(
     """Runs on one model and task side by side: the record, as in ``comparison.json``, best run first.
 
     Arguments as for ``evaluate``, without knock-outs and random circuits. Runs are sorted by the area under the ROC
-    where there is a reference, else by the share of the metric that they recover.
+    where there is a reference, else by how near to 1 the share of the metric is that they recover.
     Raises PahqError for bad input, and for runs that cannot be compared.
     """
     how = _options({"knockouts": 0, "removals": 0, "random_circuits": 0, **options})
@@ -174,11 +174,11 @@ def _assess(
     other = None if how.against is None else finished_run(how.against)
     references = [_reference(run, how, other) for run in runs]
     names = run_names(runs)
-    folder = None if out is None else ResultFolder(out, kind)
     passes = sum(_passes(run.circuit, how) for run in runs)
+    folder = None if out is None else ResultFolder(out, kind)
     bench = HeldOut(how.split, how.n, how.metric, how.device, model, task, watch, passes)
     try:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for name, run, reference in zip(names, runs, references, strict=True):
             bench.begin(name)
             rows.append({"name": name} | _figures(run, bench, how, reference, other))
@@ -186,11 +186,14 @@ def _assess(
         curves = _roc(runs, references, how)
         for row, run in zip(rows, runs, strict=True):
             row["group"] = curves["names"][run.group]
+        if kind == "comparison":
+            rows.sort(key=lambda row: _merit(row, curves["roc"]))
+        order = list(dict.fromkeys(row["group"] for row in rows))
         record = {
             "command": command,
             "options": asdict(how),
-            "runs": rows if kind == "evaluation" else sorted(rows, key=lambda row: _merit(row, curves["roc"])),
-            "roc": curves["roc"],
+            "runs": rows,
+            "roc": sorted(curves["roc"], key=lambda curve: order.index(curve["name"])),
             "agreement": _pairs(runs, names) if kind == "comparison" else [],
             "notes": _notes(runs, rows, how),
             "versions": machine.versions(),
@@ -322,10 +325,11 @@ def _roc(runs: Sequence[FinishedRun], references: Sequence[Reference | None], ho
 
 
 def _merit(row: dict[str, Any], curves: Sequence[dict[str, Any]]) -> tuple[float, float, int, str]:
-    """Sorts the best run first: by area, then by what is recovered, then the smaller circuit."""
+    """Sorts the best run first: by area, then by how near to 1 the share recovered is, then the smaller circuit."""
     area = next((curve["edges"]["auc"] for curve in curves if curve["name"] == row["group"]), 0.0)
     recovered = row["circuit"]["recovered"]
-    return -area, -(recovered if recovered is not None else -np.inf), row["size"]["edges"], row["name"]
+    distance = np.inf if recovered is None else abs(1 - recovered)
+    return -area, distance, row["size"]["edges"], row["name"]
 
 
 def _pairs(runs: Sequence[FinishedRun], names: Sequence[str]) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ def recovered(circuit: float, empty: float, full: float) -> float | None:
     For KL divergence, where m(full) = 0, it is 1 - KL(circuit) / KL(empty).
     Source: Mueller et al. 2025 (MIB, arXiv 2504.13151), section 3; Marks et al. 2024 (arXiv 2403.19647).
     """
-    return None if full == empty else (circuit - empty) / (full - empty)
+    return None if full == empty else (circuit - empty) / (full - empty) + 0.0  # no -0.0
 
 
 def row(examples: Examples, figures: Figures, bootstrap: Bootstrap | None = None) -> dict[str, Any]:

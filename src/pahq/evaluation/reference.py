@@ -17,11 +17,17 @@ from pahq.graph import Graph
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference circuit. mask: bool [n_receivers, n_senders + 1] over ``graph``."""
+    """A reference circuit. mask: bool [n_receivers, n_senders + 1] over ``graph``.
+
+    Raises PahqError where it keeps no edge, or every edge: nothing can be held against it then.
+    """
 
     name: str
     graph: Graph
     mask: np.ndarray
+
+    def __post_init__(self) -> None:
+        roc.rates(self.mask, self.mask, self.graph.edges)
 
 
 def node_scores(graph: Graph, scores: np.ndarray) -> np.ndarray:
@@ -39,11 +45,14 @@ def is_ranking(circuit: Circuit) -> bool:
 
 
 def beside(circuit: Circuit, reference: Reference) -> dict[str, Any]:
-    """JSON-ready, for ``edges`` and ``nodes``: fpr, tpr, precision, recall, f1, jaccard."""
+    """JSON-ready, for ``edges`` and ``nodes``: fpr, tpr, precision, recall, f1, jaccard.
+
+    Rates over nodes are None where the reference has every node (with all or no edges, it is no reference: PahqError).
+    """
     found = {}
     for kind, (kept, wanted, places) in _views(circuit, reference).items():
-        point = roc.rates(kept, wanted, places)
-        found[kind] = {"fpr": point.fpr, "tpr": point.tpr, **overlap(kept, wanted)}
+        point = None if kind == "nodes" and wanted.all() else roc.rates(kept, wanted, places)
+        found[kind] = {"fpr": point and point.fpr, "tpr": point and point.tpr, **overlap(kept, wanted)}
     return found
 
 
@@ -51,11 +60,15 @@ def areas(circuits: Sequence[Circuit], reference: Reference, absolute: bool = Tr
     """JSON-ready, for ``edges`` and ``nodes``: the area under one curve, ``auc`` and ``pessimistic_auc``, its points.
 
     circuits: runs of one method, one point each; a single ranking gives a point for each of its thresholds.
-    absolute: rank by the size of scores, whatever their sign.
+    absolute: rank by the size of scores, whatever their sign. Areas over nodes are None where the reference has every
+    node.
     """
     ranking = len(circuits) == 1 and is_ranking(circuits[0])
     found = {}
     for kind in ("edges", "nodes"):
+        if kind == "nodes" and node_mask(reference.graph, reference.mask).all():
+            found[kind] = {"auc": None, "pessimistic_auc": None, "points": []}
+            continue
         if ranking:
             scores = np.abs(circuits[0].effects) if absolute else circuits[0].effects
             values = scores if kind == "edges" else node_scores(circuits[0].graph, scores)

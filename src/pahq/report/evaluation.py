@@ -101,8 +101,8 @@ def _run(run: Row) -> list[RenderableType]:
         both = run["agreement"]
         parts.append(
             Text(
-                f"decisions alike {100 * both['decisions']:.2f} %; rank correlation of {both['measured']:,} effects that "
-                f"both measured {decimals(4)(both['spearman'])}"
+                f"decisions alike {100 * both['decisions']:.2f} %; rank correlation of {both['measured']:,} effects "
+                f"that both measured {decimals(4)(both['spearman'])}"
             )
         )
     return parts + _knockouts(run)
@@ -121,8 +121,9 @@ def _behaviour(run: Row) -> RenderableType:
 def _between(row: Row, name: str) -> str:
     """A figure and its interval, if it has one."""
     interval = row.get(f"{name}_interval")
-    value = decimals(4)(row[name])
-    return value if not interval else f"{value} [{interval['low']:.4f}, {interval['high']:.4f}]"
+    show = decimals(4)
+    value = show(row[name])
+    return value if not interval else f"{value} [{show(interval['low'])}, {show(interval['high'])}]"
 
 
 def _curve(ranking: str, curve: Sequence[Row]) -> RenderableType:
@@ -160,8 +161,8 @@ def _knockouts(run: Row) -> list[RenderableType]:
         least = ", ".join(f"{row['part']} {row['minimality']:.4f}" for row in minimal["rows"][:5])
         parts.append(
             Text(
-                f"minimality: {minimal['unneeded']} of {len(minimal['rows'])} {minimal['unit']}s tried move the metric by "
-                f"less than 1 % of what there is to recover; least needed: {least}"
+                f"minimality: {minimal['unneeded']} of {len(minimal['rows'])} {minimal['unit']}s tried move the metric "
+                f"by less than 1 % of what there is to recover; least needed: {least}"
             )
         )
     return parts

@@ -38,39 +38,48 @@ def faithfulness(figure: Any, rows: Sequence[Row]) -> None:
             color=f"C{place}",
             label=name,
         )
+    if axes.get_lines():
+        from matplotlib.ticker import LogFormatter
+
+        axes.set_xscale("log")
+        for which in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            which(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))  # plain numbers
+        axes.legend(fontsize="small")
     for height, style in ((1, "--"), (0, ":")):
         axes.axhline(height, color="grey", linewidth=0.8, linestyle=style)
-    axes.set_xscale("log")
     axes.set(xlabel="edges in the circuit", ylabel=f"{rows[0]['metric']} recovered", title="faithfulness against size")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
 
 
 def roc(figure: Any, rows: Sequence[Row]) -> None:
     """True-positive against false-positive rate, over edges and over nodes."""
     for axes, kind in zip(figure.subplots(1, 2), ("edges", "nodes"), strict=True):
         for place, row in enumerate(rows):
+            if row[kind]["auc"] is None:  # every node is in the reference
+                continue
             points = [[0.0, 0.0], *sorted(row[kind]["points"]), [1.0, 1.0]]
             x, y = [point[0] for point in points], [point[1] for point in points]
             axes.plot(x, y, color=f"C{place}", label=f"{row['name']}: {row[kind]['auc']:.3f}")
             if not row["ranking"]:
                 axes.plot(x[1:-1], y[1:-1], "o", color=f"C{place}")
-        axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
+        axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")  # chance
         axes.set(xlabel="false-positive rate", ylabel="true-positive rate", title=f"{kind} of {rows[0]['reference']}")
-        axes.set_aspect("equal")
-        axes.legend(fontsize="small", loc="lower right")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small", loc="lower right")
 
 
 def cost(figure: Any, rows: Sequence[Row]) -> None:
-    """Time and peak memory of each run."""
+    """Time and peak memory of each run; colours as in the other plots."""
     panels = figure.subplots(1, 2, sharey=True)
     names = [row["name"] for row in rows]
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    colours = [f"C{groups.index(row['group'])}" for row in rows]
     memory = [max(row["cost"]["host_bytes"] or 0, row["cost"]["device_bytes"] or 0) / 2**30 for row in rows]
     for axes, values, title in zip(
         panels, ([row["cost"]["seconds"] for row in rows], memory), ("search, seconds", "peak memory, GiB"), strict=True
     ):
-        axes.barh(names, values, color=[f"C{place}" for place in range(len(rows))])
+        bars = axes.barh(names, values, color=colours)
+        axes.bar_label(bars, fmt="%.3g", padding=3, fontsize="small")
+        axes.margins(x=0.15)
         axes.set(xlabel=title)
-        axes.grid(axis="x", alpha=0.3)
-    panels[0].set_xscale("log")
     panels[0].invert_yaxis()  # best run on top, as in the table

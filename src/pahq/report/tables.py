@@ -36,7 +36,9 @@ def decimals(digits: int) -> Callable[[Any], str]:
     def show(value: Any) -> str:
         if value is None:
             return "–"
-        return ("∞" if value > 0 else "-∞") if math.isinf(value) else f"{value:.{digits}f}"
+        if math.isinf(value):
+            return "∞" if value > 0 else "-∞"
+        return f"{round(value, digits) + 0.0:.{digits}f}"  # adding zero turns -0.0 into 0.0
 
     return show
 
