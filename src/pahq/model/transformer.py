@@ -133,15 +133,22 @@ class Transformer:
 
         shared: k and v are those of groups of heads, where the model has groups; else one for each q given.
         """
-        cfg = self.config
-        where = torch.arange(q.shape[-2], device=q.device)
+        return self.attention(q, k, shared) @ (self.by_head(v) if shared else v)
+
+    def attention(self, q: Tensor, k: Tensor, shared: bool = True) -> Tensor:
+        """q [B, H, T, dh] and k [B, G, T, dh] before the rotary turn -> attention patterns [B, H, T, T]."""
+        cfg, where = self.config, torch.arange(q.shape[-2], device=q.device)
         q, k = self.rotate(q, where), self.rotate(k, where)
-        k, v = (t.repeat_interleave(cfg.group_size, dim=1) if shared and cfg.group_size > 1 else t for t in (k, v))
-        scores = q @ k.transpose(-1, -2) * cfg.scale
+        scores = q @ (self.by_head(k) if shared else k).transpose(-1, -2) * cfg.scale
         allowed = allowed_keys(where, where, cfg.causal, cfg.window)
         if allowed is not None:
             scores = scores.masked_fill(~allowed, float("-inf"))
-        return self.pattern(scores) @ v
+        return self.pattern(scores)
+
+    def by_head(self, grouped: Tensor) -> Tensor:
+        """Keys or values of groups [B, G, ...] -> of all heads [B, H, ...]."""
+        size = self.config.group_size
+        return grouped.repeat_interleave(size, dim=1) if size > 1 else grouped
 
     def pattern(self, scores: Tensor) -> Tensor:
         """Attention scores [..., T, T'] -> attention pattern, the same shape."""
@@ -149,7 +156,11 @@ class Transformer:
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """A sum in the residual stream [..., d]."""
-        return x + y
+        return self.keep(x + y)
+
+    def keep(self, x: Tensor) -> Tensor:
+        """A sum in the residual stream [..., d] as this model keeps it."""
+        return x
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> Tensor:

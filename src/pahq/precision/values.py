@@ -1,7 +1,8 @@
 """A model that rounds values: inputs and weights of every product, and what else a policy names.
 
 This is the arithmetic of Wang et al. 2025 (``pahq-values``) and of their failing baseline (``rtn``). Rounding
-depends on a row alone, so a component whose input did not change gives the same output bit for bit.
+depends on a row alone, so a component whose input did not change gives the same output bit for bit. Gradients,
+where there are any, pass straight through what is rounded here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pahq.precision.formats import Format, round_to
 from pahq.precision.matrix import LowMatrix
 from pahq.precision.policy import Policy
 from pahq.precision.store import WeightStore
+from pahq.precision.straight import round_through
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class RoundedNorm(Norm):
     fmt: Format
 
     def __call__(self, x: Tensor) -> Tensor:
-        return round_to(super().__call__(x), self.fmt)
+        return round_through(super().__call__(x), self.fmt)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,36 +85,36 @@ class RoundedTransformer(Transformer):
     policy: Policy
 
     def pattern(self, scores: Tensor) -> Tensor:
-        return round_to(super().pattern(scores), self.policy.format("softmax"))
+        return round_through(super().pattern(scores), self.policy.format("softmax"))
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
-        return round_to(x + y, self.policy.format("residual"))
+    def keep(self, x: Tensor) -> Tensor:
+        return round_through(x, self.policy.format("residual"))
 
     def unembed_input(self, x: Tensor) -> Tensor:
-        return round_to(super().unembed_input(x), self.policy.format("unembed"))
+        return round_through(super().unembed_input(x), self.policy.format("unembed"))
 
     def logits(self, x: Tensor) -> Tensor:
-        return round_to(x, self.policy.format("metric"))
+        return round_through(x, self.policy.format("metric"))
 
 
 def rounded_model(model: Transformer, policy: Policy, store: WeightStore) -> RoundedTransformer:
-    """The model as a policy that quantises values computes it; ``store`` keeps its weights."""
-    assert policy.values
+    """The model as a policy that quantises values (or FP32) computes it; ``store`` keeps its weights."""
+    assert not policy.differences
     cfg, norm, embed = model.config, policy.format("norm"), policy.format("embed")
 
     def rounded(one: Norm) -> Norm:
-        return one if norm.is_exact else RoundedNorm(**_fields(one), fmt=norm)
+        return one if norm.is_exact else RoundedNorm(**fields_of(one), fmt=norm)
 
     blocks = []
     for layer, block in enumerate(model.blocks):
         counts = {"q": cfg.n_heads, "k": cfg.n_kv_heads, "v": cfg.n_kv_heads, "o": cfg.n_heads}
         matrices = {name: [store.matrix(name, layer, i) for i in range(count)] for name, count in counts.items()}
-        attn, mlp, ln2 = RoundedAttention(**_fields(block.attn), matrices=matrices), None, None
+        attn, mlp, ln2 = RoundedAttention(**fields_of(block.attn), matrices=matrices), None, None
         if block.mlp is not None and block.ln2 is not None:
             ln2 = rounded(block.ln2)
             gate = None if block.mlp.W_gate is None else store.matrix("mlp_gate", layer)
             mlp = RoundedMLP(
-                **_fields(block.mlp),
+                **fields_of(block.mlp),
                 low_in=store.matrix("mlp_in", layer),
                 low_out=store.matrix("mlp_out", layer),
                 low_gate=gate,
@@ -126,10 +128,11 @@ def rounded_model(model: Transformer, policy: Policy, store: WeightStore) -> Rou
         blocks=tuple(blocks),
         ln_final=rounded(model.ln_final),
     )
-    return RoundedTransformer(**_fields(plain), policy=policy)
+    return RoundedTransformer(**fields_of(plain), policy=policy)
 
 
-def _fields(value: Any) -> dict[str, Any]:
+def fields_of(value: Any) -> dict[str, Any]:
+    """A dataclass's fields by name, to make one of a class derived from its own."""
     return {f.name: getattr(value, f.name) for f in fields(value)}
 
 
