@@ -59,11 +59,11 @@ def test_canonical_heads_are_whole_and_connected(name: str) -> None:
     """Every head that sends reads, every input that reads has its direct edge, and every node is used."""
     truth = load_truth(name)
     graph, mask = truth.graph, truth.mask
-    reads = mask[:, : graph.direct].any(axis=1)
+    reads = np.any(mask[:, : graph.direct], axis=1)
     attention = np.array([receiver.is_attention for receiver in graph.receivers])
     np.testing.assert_array_equal(reads[attention], mask[attention, graph.direct])
     receiving = {(r.layer, r.index) for r, used in zip(graph.receivers, reads, strict=True) if used and r.is_attention}
-    sends = mask[:, : graph.direct].any(axis=0)
+    sends = np.any(mask[:, : graph.direct], axis=0)
     sending = {(s.layer, s.index) for s, used in zip(graph.senders, sends, strict=True) if used and s.kind == "head"}
     assert sending == receiving
 

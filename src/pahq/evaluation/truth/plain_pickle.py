@@ -50,6 +50,7 @@ def _interpret(data: bytes, path: Path) -> Any:
         del stack[at:]
         return items
 
+    argument: Any
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name
         if name in _VALUES:

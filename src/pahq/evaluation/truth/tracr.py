@@ -7,6 +7,7 @@ from the program: a head or MLP computes variables, and reads those that its wei
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -62,7 +63,10 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
         "a1.0->logits",
     ),
 }
-"""Conmy et al.'s edge sets, which zero-ablation ACDC found: figures against them under zero ablation are circular."""
+"""Conmy et al.'s edge sets, which zero-ablation ACDC found: figures against them under zero ablation are circular.
+
+Their prompts for proportion did not begin with the first token that the program asks for, and had it elsewhere.
+"""
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,10 @@ def load(name: str) -> Truth:
     """The truth ``name`` of ``names``: what the compiled components read and compute, constants included.
 
     ``published`` holds Conmy et al.'s set, and as ``variables`` the edges that carry a program variable. Some edges of
-    the truth do nothing on well-formed prompts (a selector that is always true reads its operands in vain), so no
-    method that looks at effects can find all of them. Raises PahqError where tracr is not installed.
+    the truth do nothing on well-formed prompts (6 of reverse, 2 of proportion: a selector that is always true reads
+    its operands in vain, and the attention to BOS in want of anything else is never called for), so no method that
+    looks at effects can find all of them. Under resample ablation what is the same in both prompts, such as the
+    length of the list, cannot be found either. Raises PahqError where tracr is not installed.
     """
     compiled = compile_program(name)
     graph = Graph(compiled.config, split_pos=True)
@@ -226,7 +232,8 @@ def wiring(compiled: Compiled, graph: Graph, without: tuple[str, ...] = ()) -> n
 def _variables(compiled: Compiled, held: np.ndarray) -> list[str]:
     """Variables of the directions marked in ``held``; constants by their own labels."""
     found = (compiled.labels[int(i)] for i in np.flatnonzero(held))
-    return sorted({label if label in CONSTANTS else label.partition(":")[0] for label in found})
+    # tracr numbers expressions in the order in which a process makes them
+    return sorted({x if x in CONSTANTS else re.sub(r"_\d+(?=_|$)", "", x.partition(":")[0]) for x in found})
 
 
 def _flat(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
