@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import golden
+from pahq import discover
 from pahq.engine.full import patched_logits
 from pahq.errors import PahqError
 from pahq.evaluation.truth import load_truth, tracr
@@ -117,6 +118,13 @@ def test_variables_are_enough_where_constants_stay(truth: Truth) -> None:
     prompts = truth.task().prompts(model, truth.n)
     kept = patched_logits(model, prompts, truth.graph, truth.published["variables"], "resample")
     torch.testing.assert_close(kept, model.forward(prompts.clean)[:, 1:], rtol=0, atol=1e-4)
+
+
+def test_a_search_finds_what_is_not_idle(truth: Truth) -> None:
+    circuit = discover(truth.model(), truth.task(), 0.01, **truth.options())
+    found = {f"{edge.sender}->{edge.receiver}" for edge in circuit.edges()}
+    assert found == set(truth.edge_names()) - IDLE[truth.name]
+    np.testing.assert_array_equal(truth.on(circuit.graph), truth.mask)
 
 
 def test_prompts(truth: Truth) -> None:

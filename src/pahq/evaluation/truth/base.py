@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pahq.task import Task
 
 FORMAT = "pahq-truth-1"
-FAMILIES = ("canonical", "tracr")
+FAMILIES = ("canonical", "tracr", "trained")
 """Modules of this folder, in the order in which their truths are listed."""
 INTERPBENCH = "interpbench:"
 """What goes before a case of InterpBench, or before a folder laid out like one."""
@@ -92,6 +92,10 @@ class Truth:
         if self.get_task is None:
             raise PahqError(f"truth '{self.name}': no prompts belong to it, only edges; name a task with --task")
         return self.get_task()
+
+    def options(self) -> dict[str, Any]:
+        """How a search is to be run on it, as keyword arguments of ``pahq.discover``: metric, ablation, graph …"""
+        return {name: getattr(self, name) for name in _SETTINGS} | self.graph.options()
 
     def edge_names(self, mask: np.ndarray | None = None) -> list[str]:
         """Names of the truth's edges, or of those of another mask of its graph, receiver by receiver."""
