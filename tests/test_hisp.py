@@ -28,7 +28,7 @@ STEP = 1e-5
 CFG = ModelConfig(3, 4, 2, 12, 4, 16, 20, 20, 8, gated=True, act="silu", norm="rms", positions="rotary", rotary_dim=4)
 
 
-def twin_nodes(case: Case, kinds: Kinds, normalise: bool) -> dict[str, float]:
+def twin_nodes(case: Problem, kinds: Kinds) -> dict[str, float]:
     """Scores of nodes, each scaled by itself between the reference run's value and its own."""
     graph = Graph(case.model.config, split_pos=case.graph.split_pos)
     total: defaultdict[str, float] = defaultdict(float)
@@ -52,12 +52,6 @@ def twin_nodes(case: Case, kinds: Kinds, normalise: bool) -> dict[str, float]:
         for column, sender in enumerate(graph.senders):
             if sender.kind == "mlp" or (sender.kind == "head" and kinds == "heads"):
                 total[sender.name] += weight * abs(slope(slice(None), column))
-    if normalise:
-        for layer in range(graph.config.n_layers):
-            here = [name for name in total if name.lstrip("am").split(".")[0] == str(layer)]
-            length = sum(total[name] ** 2 for name in here) ** 0.5
-            for name in here:
-                total[name] /= length or 1.0
     return dict(total)
 
 
@@ -94,28 +88,20 @@ def twin_edges(graph: Graph, nodes: dict[str, float]) -> np.ndarray:
 def test_equals_finite_differences_on_every_architecture() -> None:
     features: Counter[str] = Counter()
 
-    @drawn(40)
+    @drawn(45)
     @given(case=cases(metrics=SLOPED))
     def check(case: Case) -> None:
-        kinds, normalise = get_args(Kinds)[case.seed % 2], case.seed // 2 % 2 == 0
-        problem = Problem(
-            case.model,
-            case.prompts,
-            case.graph,
-            case.metric,
-            case.ablation,
-            memory_limit=(1 << 30, 1)[case.seed // 4 % 2],
-        )
-        found = hisp_scores(problem, HispOptions(kinds, normalise))
-        nodes = twin_nodes(case, kinds, normalise)
-        expected = twin_edges(case.graph, nodes)
-        np.testing.assert_allclose(found.values, expected, rtol=2e-4, atol=1e-6 * max(nodes.values()))
+        kinds, memory = get_args(Kinds)[case.seed % 2], (1 << 30, 1)[case.seed // 4 % 2]
+        problem = Problem(case.model, case.prompts, case.graph, case.metric, case.ablation, memory_limit=memory)
+        found = hisp_scores(problem, HispOptions(kinds, normalise=False))
+        expected = twin_edges(case.graph, twin_nodes(problem, kinds))
+        np.testing.assert_allclose(found.values, expected, rtol=1e-4, atol=1e-9 + 1e-6 * expected.max())
         assert found.notes == ()
-        for name in (kinds, f"normalise {normalise}", case.ablation, f"groups {case.model.config.group_size > 1}"):
-            features[name] += 1
+        features.update((kinds, case.ablation, f"groups {case.model.config.group_size > 1}", f"memory {memory}"))
+        features[f"joint {not case.graph.split_qkv}"] += 1
 
     check()
-    assert len(features) == 2 + 2 + 3 + 2, sorted(features)
+    assert len(features) == 2 + 3 + 2 + 2 + 2, sorted(features)
 
 
 def grouped(metric: str = "logit_diff", n: int = 4, dtype: torch.dtype = torch.float64, **options: Any) -> Problem:
@@ -145,12 +131,17 @@ def test_a_metric_without_slope_gives_way_and_says_so() -> None:
     assert "corrupted run" in found.notes[0]
 
 
-def test_a_layer_has_length_one() -> None:
-    values, graph = hisp_scores(grouped(), HispOptions()).values, Graph(CFG)
+@pytest.mark.parametrize("kinds", get_args(Kinds))
+def test_every_layer_is_divided_by_its_length(kinds: Kinds) -> None:
+    problem = grouped()
+    nodes = twin_nodes(problem, kinds)
     for layer in range(CFG.n_layers):
-        rows = [i for i, r in enumerate(graph.receivers) if r.layer == layer]
-        own = [values[i, graph.direct] if graph.receivers[i].is_attention else values[i, 0] for i in rows]
-        assert np.linalg.norm(own) == pytest.approx(1)  # embed never is the lesser: m's edge from it is its own score
+        here = [name for name in nodes if name.lstrip("am").split(".")[0] == str(layer)]
+        assert len(here) == (1 + CFG.n_heads + 2 * CFG.n_kv_heads if kinds == "qkv" else 1 + CFG.n_heads)
+        length = sum(nodes[name] ** 2 for name in here) ** 0.5
+        nodes |= {name: nodes[name] / length for name in here}
+    found = hisp_scores(problem, HispOptions(kinds)).values
+    np.testing.assert_allclose(found, twin_edges(problem.graph, nodes), rtol=1e-5, atol=1e-7)
 
 
 def test_the_lesser_node_decides() -> None:
