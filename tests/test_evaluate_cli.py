@@ -231,6 +231,24 @@ def test_from_python_on_objects(tmp_path: Path) -> None:
         package.evaluate([tmp_path / "run"], model=model, task=RandomTask(limit=2), **how)
 
 
+def test_methods_that_score_edges_beside_acdc(pahq: Pahq, files: Path, tmp_path: Path) -> None:
+    """Real runs from discover to compare."""
+    given = ["--model", files / "model", "--task", files / "prompts.jsonl", "--metric", "logit_diff", "--n", 3]
+    for method in ("eap", "exact"):
+        answer = pahq("discover", *given, "--method", method, "--edges", 20, "--out", tmp_path / method, "-q")
+        assert answer.code == 0, answer.err
+    runs = [tmp_path / "eap", tmp_path / "exact", files / "tight"]
+    words = ("--against", files / "tight", *FEW)
+    record = evaluated(pahq, "evaluate", *runs, *words)
+    assert [run["ranking"] for run in record["runs"]] == [True, True, False]
+    assert [run["name"] for run in record["runs"]] == ["eap 20 edges", "exact 20 edges", "acdc 0.01"]
+    assert record["runs"][0]["cost"]["gradients"] == 1
+    assert record["runs"][1]["cost"]["states"] == record["runs"][1]["size"]["total"]
+    table = pahq("compare", *runs, "--truth", files / "tight" / "circuit.json", "--bootstrap", 0).out
+    assert " 1 gradient" in table
+    assert "ranking" in table
+
+
 def test_names_tell_runs_apart(files: Path) -> None:
     runs = [finished_run(files / name) for name in ("loose", "tight", "scored")]
     assert run_names(runs) == ["acdc 0.1", "acdc 0.01", "random 30 edges"]
@@ -238,6 +256,12 @@ def test_names_tell_runs_apart(files: Path) -> None:
     other = replace(runs[1], config=replace(runs[1].config, policy="pahq", seed=4, absolute=True))
     assert run_names([runs[1], other]) == ["acdc seed=0 0.01", "acdc pahq seed=4 absolute 0.01"]
     assert list(group_names(runs).values()) == ["acdc", "random"]
+    moved = replace(runs[1], config=replace(runs[1].config, model="/elsewhere/model"))
+    assert list(group_names([runs[1], moved]).values()) == ["acdc", "acdc (2)"]
+    cut = replace(runs[2], config=replace(runs[2].config, edges=9, select="greedy"))
+    assert list(group_names([runs[2], cut]).values()) == ["random"]
+    steps = replace(runs[2], config=replace(runs[2].config, method="eap-ig", method_options={"steps": 9}))
+    assert list(group_names([runs[2], steps]).values()) == ["random", "eap-ig steps=9"]
 
 
 BAD: list[tuple[list[object], str]] = [

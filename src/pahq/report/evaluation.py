@@ -196,7 +196,7 @@ def _comparison(record: Row) -> list[RenderableType]:
         rows.append(
             {"name": run["name"], "edges": run["size"]["edges"], "cpr": run["cpr"], "cmd": run["cmd"], **run["cost"]}
             | {name: run["circuit"][name] for name in ("kl", "accuracy")}
-            | {"recovered": _between(run["circuit"], "recovered")}
+            | {"work": _work(run["cost"]), "recovered": _between(run["circuit"], "recovered")}
             | {"auc": area and area["edges"]["auc"], "low": area and area["edges"]["pessimistic_auc"]}
             | {"nodes": area and area["nodes"]["auc"], "points": area and _points(area)}
         )
@@ -212,7 +212,7 @@ def _comparison(record: Row) -> list[RenderableType]:
     columns += [Column("seconds", "time", _time), Column("host_bytes", "peak memory", _memory)]
     if any(run["cost"]["device_bytes"] for run in record["runs"]):
         columns.append(Column("device_bytes", "on the device", _memory))
-    columns.append(Column("states", "states", _count))
+    columns.append(Column("work", "states"))
     title = (
         f"{first['config']['model']} · {first['config']['task']} · {first['prompts']} prompts, split {first['split']}"
     )
@@ -223,6 +223,15 @@ def _comparison(record: Row) -> list[RenderableType]:
         sides = [Column("a", "agreement of", left=True), Column("b", "and", left=True)]
         parts += [Text(), screen(record["agreement"], sides + shown)]
     return parts
+
+
+def _work(cost: Row) -> str:
+    """States evaluated, or what a method does in their place."""
+    if cost["states"] is not None:
+        return _count(cost["states"])
+    names = {"gradients": "gradient", "steps": "step", "passes": "pass"}
+    done = [f"{cost[name]:,} {names[name] if cost[name] == 1 else name}" for name in names if cost[name] is not None]
+    return ", ".join(done) or plain(None)
 
 
 def _count(value: Any) -> str:

@@ -30,17 +30,26 @@ class FinishedRun:
 
     @property
     def group(self) -> str:
-        """Equal for runs that differ in nothing but ``SIZES``."""
-        return json.dumps({k: v for k, v in self.config.to_dict().items() if k not in SIZES}, sort_keys=True)
+        """Equal for runs that differ in nothing but ``SIZES`` and how scores are cut off there."""
+        kept = {name: value for name, value in self.config.to_dict().items() if name not in (*SIZES, "select")}
+        return json.dumps(kept, sort_keys=True)
 
     @property
     def cost(self) -> dict[str, Any]:
-        """What the search took: seconds, total_seconds, states evaluated, peak memory in bytes; None where unknown."""
+        """What the search took, None where unknown or not the method's way.
+
+        seconds of the search, total_seconds of the run; states evaluated, whole passes, gradients taken or steps of
+        training; peak memory in bytes on the host and on the device.
+        """
         search, peak = self.record.get("search", {}), self.record.get("peak_memory", {})
+        stats = search.get("stats", {})
         return {
             "seconds": search.get("seconds"),
             "total_seconds": self.record.get("total_seconds"),
             "states": search.get("states"),
+            "passes": search.get("passes"),
+            "gradients": stats.get("gradients"),
+            "steps": stats.get("steps"),
             "host_bytes": peak.get("host_bytes"),
             "device_bytes": peak.get("device_bytes"),
         }
@@ -64,14 +73,16 @@ def finished_run(path: str | PathLike[str]) -> FinishedRun:
 def group_names(runs: Sequence[FinishedRun]) -> dict[str, str]:
     """group -> its name: the method, the policy if it is of low precision, and every option in which groups differ."""
     configs = {run.group: run.config.to_dict() for run in runs}
-    options = [name for name in next(iter(configs.values()), {}) if name not in (*SIZES, "method", "policy")]
-    odd = [name for name in options if len({json.dumps(c[name], sort_keys=True) for c in configs.values()}) > 1]
+    options = [name for name in next(iter(configs.values()), {}) if name not in (*SIZES, "select", "method", "policy")]
+    odd = [name for name in options if len({tuple(_words(name, c[name])) for c in configs.values()}) > 1]
     names = {}
     for group, config in configs.items():
         words = [config["method"]] + ([config["policy"]] if config["policy"] != "fp32" else [])
         for name in odd:
             words += _words(name, config[name])
-        names[group] = " ".join(words)
+        name = " ".join(words)
+        same = sum(other.partition(" (")[0] == name for other in names.values())
+        names[group] = f"{name} ({same + 1})" if same else name  # models of one name in two folders, say
     return names
 
 
@@ -95,8 +106,6 @@ def _words(name: str, value: Any) -> list[str]:
         return [name.replace("_", "-")] if value else []
     if value is None:
         return []
-    return (
-        [Path(value).stem]
-        if name in ("model", "task")
-        else [str(value) if isinstance(value, str) else f"{name}={value}"]
-    )
+    if isinstance(value, str):
+        return [Path(value).stem if name in ("model", "task") else value]
+    return [f"{name}={value}"]
