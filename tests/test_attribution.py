@@ -296,17 +296,15 @@ def test_a_state_of_other_options_is_refused() -> None:
 
 
 def test_bad_options_take_one_line() -> None:
-    for make, line in (
-        (lambda: EapOptions("middle"), "base 'middle' is unknown; choose one of clean, corrupted"),  # pyright: ignore
-        (
-            lambda: EapIgOptions("input"),
-            "variant 'input' is unknown; choose one of inputs, activations, clean-corrupted",
-        ),  # pyright: ignore
-        (lambda: EapIgOptions(steps=0), "steps 0: give a whole number of at least 1, for example 5"),
-        (lambda: EapIgOptions(steps=2.5), "steps 2.5: give a whole number of at least 1, for example 5"),  # pyright: ignore
-    ):
+    bad: list[tuple[Any, dict[str, Any], str]] = [
+        (EapOptions, {"base": "middle"}, "base 'middle' is unknown; choose one of clean, corrupted"),
+        (EapIgOptions, {"variant": "a"}, "variant 'a' is unknown; choose one of inputs, activations, clean-corrupted"),
+        (EapIgOptions, {"steps": 0}, "steps 0: give a whole number of at least 1, for example 5"),
+        (EapIgOptions, {"steps": 2.5}, "steps 2.5: give a whole number of at least 1, for example 5"),
+    ]
+    for options, values, line in bad:
         with pytest.raises(PahqError) as error:
-            make()
+            options(**values)
         assert str(error.value) == line
 
 

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from pahq.engine.reference import Run
 from pahq.errors import PahqError
@@ -63,6 +62,12 @@ class Senders:
         return grad @ differences[:upstream].flatten(1).T
 
 
+def _single(grads: tuple[Tensor, ...]) -> Tensor:
+    """The gradient of a function's only output. Buffers are written on the way back, so there is one way back only."""
+    assert not torch.is_grad_enabled(), "soft: there are no gradients of gradients"
+    return grads[0]
+
+
 class _Write(Function):
     """Puts a node's output into the buffer. The token stands for the buffer's content in autograd's order."""
 
@@ -73,8 +78,8 @@ class _Write(Function):
         return token.clone()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        grad = _single(grads)
         gradient = ctx.senders.gradient  # complete by now: all later reads hang on this token
         return None if gradient is None else gradient[ctx.where], grad, None, None
 
@@ -91,8 +96,8 @@ class _Read(Function):
         return out.view(-1, *senders.now.shape[1:]).add_(reference)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        grad = _single(grads)
         (gates,), senders = ctx.saved_tensors, ctx.senders
         flat, upstream = grad.flatten(1), gates.shape[1]
         senders.add_gradient(upstream, gates, flat)
@@ -113,8 +118,8 @@ class _Note(Function):
         return change.sum(0)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad = _single(grads)
         noted = ctx.senders.known_gradient()[ctx.where]
         noted.copy_(grad)
         return grad.expand_as(noted), grad.new_zeros(()), None, None
@@ -129,8 +134,8 @@ class _Tap(Function):
         return stream.expand(len(gates), *stream.shape).clone()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        grad = _single(grads)
         wanted = ctx.needs_input_grad[0]
         return ctx.senders.slope(ctx.upstream, grad.flatten(1)) if wanted else None, grad.sum(0), None
 
@@ -150,8 +155,8 @@ class _Mix(Function):
         return torch.lerp(reference.expand_as(value), value, gate.expand_as(value))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        grad = _single(grads)
         gate, scored = ctx.saved_tensors
         slope = (grad * scored).sum(dim=(2, 3))
         ctx.keep(slope)
@@ -233,14 +238,21 @@ class _Live:
         held = [self.held.get(at) for at in range(column, column + len(change))]
         if any(one is not None for one in held):
             change = torch.stack([mine if other is None else other for mine, other in zip(change, held, strict=True)])
+        self._take(change, column)
+
+    def _take(self, change: Tensor, column: int) -> None:
         self.token = _Write.apply(change, self.token, self.senders, column)
 
     def read(self, rows: list[int], reference: Tensor) -> Tensor:
         """Inputs of receivers of one kind and layer: [rows, N, T, d]."""
         upstream = self.graph.n_upstream(self.graph.receivers[rows[0]])
-        out = _Read.apply(self.gates[rows, :upstream], self.token, self.senders, reference)
+        out = self._given(self.gates[rows, :upstream], reference)
         assert isinstance(out, Tensor)
         return self.model.keep(out)  # where sums are rounded, once here and not at every sender
+
+    def _given(self, gates: Tensor, reference: Tensor) -> Any:
+        """Inputs through some gates [rows, upstream], from a reference [B, T, d]."""
+        return _Read.apply(gates, self.token, self.senders, reference)
 
     def layer(self, layer: int, where: Tensor) -> None:
         """One layer's heads and MLP; where: the positions [T]."""
@@ -287,10 +299,8 @@ class _Whole(_Live):
         assert isinstance(noted, Tensor)
         self.streams[column + len(change)] = self.streams[column] + noted
 
-    def _given(self, gates: Tensor, reference: Tensor) -> Tensor:
-        out = _Tap.apply(gates, self.streams[gates.shape[1]] + reference, self.senders)
-        assert isinstance(out, Tensor)
-        return out
+    def _given(self, gates: Tensor, reference: Tensor) -> Any:
+        return _Tap.apply(gates, self.streams[gates.shape[1]] + reference, self.senders)
 
 
 def _rows(graph: Graph) -> list[dict[str, list[int]]]:
