@@ -50,7 +50,7 @@ def test_methods_are_listed_with_their_options(pahq: Pahq) -> None:
     assert listed.code == 0
     for name in METHODS:
         assert name in listed.out
-    for option in ("steps=", "variant=inputs", "sparsity="):
+    for option in ("steps=", "variant=inputs", "sparsity=", "tau=0.0", "normalise=true"):
         assert option in listed.out
     facts = {method["name"]: method for method in json.loads(pahq("methods", "--json").out)}
     assert facts["acdc"]["options"] == {}

@@ -48,4 +48,5 @@ def _default(field: Field[Any]) -> Any:
 def _word(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
-    return {None: "none", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, str) else value
+    words = {None: "none", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)  # 0.0 is no "false"
