@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import commands
 import pahq as package
@@ -23,9 +24,11 @@ from pahq.evaluation.circuit import Circuit
 from pahq.evaluation.roc import Point, auc, rates
 from pahq.graph import Graph
 from pahq.method.select import top
-from pahq.model import load_model
+from pahq.model import Transformer, load_model
+from pahq.report import evaluation
 from pahq.report.finished import finished_run, group_names, run_names
 from pahq.task import get_task
+from pahq.task.prompts import Prompts
 from tiny import RandomTask, save_model, save_prompts, transformer
 
 FEW = ["--bootstrap", 20, "--knockouts", 2, "--removals", 3, "--random-circuits", 2]
@@ -116,6 +119,9 @@ def test_a_ranking_has_curves_cpr_and_cmd(pahq: Pahq, files: Path) -> None:
             mask = top(circuit.graph, circuit.effects, point["asked"], absolute=ranking == "absolute")
             assert point["edges"] == mask.sum()
         assert curve[-1]["recovered"] == pytest.approx(1, abs=1e-4)
+    for ranking, points in run["curves"].items():
+        f = [point["recovered"] for point in points]
+        assert run["areas"][ranking] == {"cpr": pytest.approx(mib.cpr(f)), "cmd": pytest.approx(mib.cmd(f))}
     assert run["cpr"] == pytest.approx(mib.cpr([point["recovered"] for point in run["curves"]["signed"]]))
     assert run["cmd"] == pytest.approx(mib.cmd([point["recovered"] for point in run["curves"]["absolute"]]))
 
@@ -247,6 +253,33 @@ def test_methods_that_score_edges_beside_acdc(pahq: Pahq, files: Path, tmp_path:
     table = pahq("compare", *runs, "--truth", files / "tight" / "circuit.json", "--bootstrap", 0).out
     assert " 1 gradient" in table
     assert "ranking" in table
+
+
+class BareTask(RandomTask):
+    """No answers, and a corrupted prompt that changes nothing."""
+
+    def prompts(self, model: Transformer, n: int, seed: int = 0, split: str = "validation") -> Prompts:
+        found = super().prompts(model, n, seed, split)
+        none = torch.full_like(found.answers, -1)
+        return replace(found, corrupt=found.clean, answers=none, wrong=none)
+
+
+def test_what_is_undefined_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, task, run = transformer(layers=2, heads=2), BareTask(), tmp_path / "run"
+    graph = package.discover(model=model, task=task, threshold=0.1, n=3, out=run).graph
+    edges = [graph.edge_name(*map(int, place)) for place in np.argwhere(graph.edges)]
+    truth = tmp_path / "truth.json"  # all edges but one, hence every node
+    truth.write_text(json.dumps({"edges": [edge for edge in edges if edge != "embed->m0"]}))
+    record = package.evaluate([run], tmp_path / "out", model=model, task=task, truth=str(truth), bootstrap=20)
+    assert (record["runs"][0]["circuit"]["recovered"], record["runs"][0]["circuit"]["accuracy"]) == (None, None)
+    assert record["roc"][0]["nodes"]["auc"] is None
+    evaluation.show(record, "evaluation")
+    evaluation.show(record, "comparison")
+    shown = capsys.readouterr().out
+    for word in ("metric recovered is undefined", "accuracy is undefined", "AUC over nodes is undefined"):
+        assert shown.count(word) == 2
+    assert not (tmp_path / "out" / "faithfulness.png").exists()
+    assert (tmp_path / "out" / "roc.png").exists()
 
 
 def test_names_tell_runs_apart(files: Path) -> None:

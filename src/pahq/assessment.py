@@ -195,7 +195,7 @@ def _assess(
             "runs": rows,
             "roc": sorted(curves["roc"], key=lambda curve: order.index(curve["name"])),
             "agreement": _pairs(runs, names) if kind == "comparison" else [],
-            "notes": _notes(runs, rows, how),
+            "notes": _notes(runs, rows, curves["roc"], how),
             "versions": machine.versions(),
             "commit": machine.commit(),
             "machine": bench.machine,
@@ -270,6 +270,7 @@ def _figures(
         "cost": run.cost,
         "ranking": is_ranking(circuit),
         "curves": {},
+        "areas": {},
         "cpr": None,
         "cmd": None,
         "random": None,
@@ -290,19 +291,21 @@ def _figures(
 
 
 def _over_sizes(circuit: Circuit, examples: Examples, rule: str) -> dict[str, Any]:
-    """Faithfulness at MIB's sizes for each ranking, CPR and CMD."""
+    """Faithfulness at MIB's sizes and both areas for each ranking; CPR and CMD by the ranking that is theirs."""
     sizes = mib.sizes(circuit.graph.n_edges)
     curves = {
         name: faithfulness.curve(examples, faithfulness.series(circuit.graph, values, sizes, rule))
         for name, values in _scores(circuit).items()
     }
 
-    def area(of: Callable[[Sequence[float]], float], points: Sequence[dict[str, Any]]) -> float | None:
-        values = [point["recovered"] for point in points]
-        return None if None in values else of(values)
+    areas = {name: {"cpr": _area(mib.cpr, points), "cmd": _area(mib.cmd, points)} for name, points in curves.items()}
+    best = areas.get("signed", areas["absolute"])
+    return {"curves": curves, "areas": areas, "cpr": best["cpr"], "cmd": areas["absolute"]["cmd"]}
 
-    best = curves.get("signed", curves["absolute"])
-    return {"curves": curves, "cpr": area(mib.cpr, best), "cmd": area(mib.cmd, curves["absolute"])}
+
+def _area(of: Callable[[Sequence[float]], float], points: Sequence[dict[str, Any]]) -> float | None:
+    values = [point["recovered"] for point in points]
+    return None if None in values else of(values)
 
 
 def _roc(runs: Sequence[FinishedRun], references: Sequence[Reference | None], how: EvaluationOptions) -> dict[str, Any]:
@@ -341,9 +344,18 @@ def _pairs(runs: Sequence[FinishedRun], names: Sequence[str]) -> list[dict[str, 
     return found
 
 
-def _notes(runs: Sequence[FinishedRun], rows: Sequence[dict[str, Any]], how: EvaluationOptions) -> list[str]:
+def _notes(
+    runs: Sequence[FinishedRun],
+    rows: Sequence[dict[str, Any]],
+    curves: Sequence[dict[str, Any]],
+    how: EvaluationOptions,
+) -> list[str]:
     """What readers of the figures must know."""
     notes = [f"{row['name']}: {faithfulness.UNDEFINED}" for row in rows if row["circuit"]["recovered"] is None]
+    if any(row["circuit"]["accuracy"] is None for row in rows):
+        notes.append("accuracy is undefined: some prompts have no answers")
+    if any(curve["nodes"]["auc"] is None for curve in curves):
+        notes.append("AUC over nodes is undefined: the reference has every node")
     for name in ("seed", "ablation") + (("n",) if how.n is None else ()):
         values = dict.fromkeys(getattr(run.config, name) for run in runs)
         if len(values) > 1:

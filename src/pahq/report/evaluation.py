@@ -94,7 +94,8 @@ def _run(run: Row) -> list[RenderableType]:
     if run["cpr"] is not None:
         parts.append(Text(f"CPR {run['cpr']:.4f} (larger is better), CMD {run['cmd']:.4f} (0 is best)"))
     for ranking, curve in run["curves"].items():
-        parts.append(_curve(ranking, curve))
+        cpr, cmd = (decimals(4)(run["areas"][ranking][name]) for name in ("cpr", "cmd"))
+        parts += [Text(f"edges ranked by {ranking} scores: CPR {cpr}, CMD {cmd}"), _curve(curve)]
     if run["reference"]:
         parts.append(_reference(run["reference"]))
     if run["agreement"]:
@@ -126,8 +127,8 @@ def _between(row: Row, name: str) -> str:
     return value if not interval else f"{value} [{show(interval['low'])}, {show(interval['high'])}]"
 
 
-def _curve(ranking: str, curve: Sequence[Row]) -> RenderableType:
-    columns = [Column("asked", f"edges, {ranking}"), Column("edges", "kept"), Column("metric", "metric", decimals(4))]
+def _curve(curve: Sequence[Row]) -> RenderableType:
+    columns = [Column("asked", "edges"), Column("edges", "kept"), Column("metric", "metric", decimals(4))]
     columns += [Column("recovered", "recovered", decimals(4)), Column("kl", "KL", decimals(4))]
     return screen(curve, [*columns, Column("accuracy", "accuracy", decimals(4))])
 
