@@ -196,9 +196,9 @@ def test_what_flows_from_the_prediction_arrives_at_the_embeddings() -> None:
 def test_a_threshold_cuts_the_scores_that_are_below_it() -> None:
     """An edge's bottleneck is the largest threshold at which routes hold it."""
     problem = grouped(n=1)
-    free = information_flow_scores(problem, InformationFlowOptions()).values
+    free = information_flow_scores(problem, InformationFlowOptions("bottleneck")).values
     for tau in (0.02, 0.1, 0.3):
-        cut = information_flow_scores(problem, InformationFlowOptions(tau=tau))
+        cut = information_flow_scores(problem, InformationFlowOptions("bottleneck", tau))
         np.testing.assert_allclose(cut.values, np.where(free > tau, free, 0), rtol=1e-12)
         assert cut.natural == tau
 
@@ -214,7 +214,7 @@ def test_a_sender_that_is_all_of_a_stream_has_all_of_its_share() -> None:
         weights[f"blocks.{layer}.attn.W_O"] *= keep
     problem = grouped()
     problem = Problem(build(CFG, weights), problem.prompts, problem.graph)
-    scores = information_flow_scores(problem, InformationFlowOptions()).values
+    scores = information_flow_scores(problem, InformationFlowOptions("bottleneck")).values
     row, column = problem.graph.edge("a1.2->logits")
     assert scores[row, column] == pytest.approx(1, abs=1e-6)
     assert scores[row].sum() == pytest.approx(1, abs=1e-6)
@@ -259,7 +259,7 @@ def test_policies_round_the_clean_run_where_they_round_values() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"combine": "best"}, "information-flow: combine 'best' is unknown; choose one of bottleneck, flow, local"),
+        ({"combine": "best"}, "information-flow: combine 'best' is unknown; choose one of flow, bottleneck, local"),
         ({"tau": 1.0}, "information-flow: tau is 1.0; it must be at least 0 and below 1"),
         ({"tau": float("nan")}, "information-flow: tau is nan; it must be at least 0 and below 1"),
         ({"tau": "x"}, "information-flow: tau is x; it must be at least 0 and below 1"),

@@ -30,20 +30,21 @@ from pahq.model.transformer import Transformer
 from pahq.precision.differentiable import computed
 from pahq.task.prompts import Prompts, check_padding
 
-Combine = Literal["bottleneck", "flow", "local"]
+Combine = Literal["flow", "bottleneck", "local"]
 
 
 @dataclass(frozen=True)
 class InformationFlowOptions:
     """combine: how an edge's share becomes its importance for the prediction, averaged over examples.
 
-        ``bottleneck``: the smallest share on the best route through it, at its best position: the largest threshold
-        at which the paper's routes still hold it. ``flow``: shares multiply along routes and add up over them; what
-        reaches a head is divided equally among q, k and v. ``local``: the share alone, mean over positions.
+        ``flow``: shares multiply along routes and add up over them, so that each example's prediction hands down 1 in
+        all; what reaches a head is divided equally among q, k and v. ``bottleneck``: the smallest share on the best
+        route through it, at its best position, which is the largest threshold at which the paper's routes still hold
+        it. ``local``: the share alone, mean over positions.
     tau: shares up to this are on no route, from 0 (all are) to 1.
     """
 
-    combine: Combine = "bottleneck"
+    combine: Combine = "flow"
     tau: float = 0.0
 
     def __post_init__(self) -> None:
