@@ -244,7 +244,7 @@ class _Live:
         self.token = _Write.apply(change, self.token, self.senders, column)
 
     def read(self, rows: list[int], reference: Tensor) -> Tensor:
-        """Inputs of receivers of one kind and layer: [rows, N, T, d]."""
+        """Inputs of receivers that read the same senders: [rows, N, T, d]."""
         upstream = self.graph.n_upstream(self.graph.receivers[rows[0]])
         out = self._given(self.gates[rows, :upstream], reference)
         assert isinstance(out, Tensor)
@@ -257,7 +257,10 @@ class _Live:
     def layer(self, layer: int, where: Tensor) -> None:
         """One layer's heads and MLP; where: the positions [T]."""
         model, graph, ref, block = self.model, self.graph, self.ref, self.model.blocks[layer]
-        inputs = {kind: self.read(rows, ref.attn_in[layer]) for kind, rows in self.rows[layer].items()}
+        rows = self.rows[layer]
+        together = self.read([row for some in rows.values() for row in some], ref.attn_in[layer])
+        parts = together.split([len(some) for some in rows.values()])
+        inputs = dict(zip(rows, parts, strict=True))
         q, k, v = (self._computed(inputs, layer, which, where) for which in "qkv")
         z = model.attend(q, k, v)
         written = block.attn.write_each(z) - block.attn.write_each(ref.z[layer])
