@@ -18,9 +18,9 @@ from tiny import save_model, save_prompts
 KILLS = [({"policy": "fp32", "threshold": 2e-5}, 20), ({"policy": "pahq", "threshold": 1e-3}, 5)]
 """Options (the threshold sets how long a run takes) and number of kills."""
 SCORING = [
-    ({"method": "double", "edges": 50, "method_options": {"pause": 0.02}}, 8),
-    ({"method": "edge-pruning", "metric": "logit_diff", "method_options": {"steps": 60}}, 6),
-    ({"method": "exact", "edges": 50, "method_options": {"max_states": 4}}, 6),
+    ({"method": "double", "edges": 50, "method_options": {"pause": 0.01}}, 6),
+    ({"method": "edge-pruning", "metric": "logit_diff", "method_options": {"steps": 60}}, 4),
+    ({"method": "exact", "edges": 50, "method_options": {"max_states": 8}}, 4),
 ]
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -38,7 +38,7 @@ def killed_runs(folder: Path, kills: int, options: dict[str, Any]) -> dict[str, 
 def test_scoring_runs_killed_at_random_moments_end_in_the_same_circuit(
     tmp_path: Path, options: dict[str, Any], kills: int
 ) -> None:
-    found = killed_runs(tmp_path, kills, {"threshold": None} | options)
+    found = killed_runs(tmp_path, kills, {"threshold": None, "size": (2, 2)} | options)
     moments = found["moments"]
     assert len(moments) >= kills
     assert len({moment["state"] for moment in moments} - {""}) >= kills // 4, moments
