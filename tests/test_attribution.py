@@ -28,6 +28,7 @@ from pahq.method.eap_ig import EapIgOptions, eap_ig_scores
 from pahq.method.exact import exact_scores
 from pahq.model.config import ModelConfig
 from pahq.model.transformer import Transformer, build
+from pahq.precision.policy import FP32, get_policy
 from pahq.task.prompts import Prompts, last_position
 from random_models import Case, cases, drawn, random_weights
 from tiny import RandomTask, transformer
@@ -234,6 +235,20 @@ def test_a_fallback_that_the_prompts_do_not_allow_is_passed_over() -> None:
         model, dataclasses.replace(prompts, wrong=nothing), Graph(model.config), fallbacks=("logit_diff", "nll")
     )
     assert eap_scores(problem).stats["metric"] == "nll"
+
+
+@pytest.mark.parametrize("policy", ["pahq", "bf16-values", "rtn"])
+def test_low_precision_finds_out_a_metric_without_slope_all_the_same(policy: str) -> None:
+    """KL to the full-precision model is no longer 0 where values are rounded, and what is left is noise."""
+    model = transformer(2, 2)
+    problem = Problem(
+        model, RandomTask().prompts(model, 4), Graph(model.config), policy=get_policy(policy), fallbacks=("logit_diff",)
+    )
+    found = eap_scores(problem)
+    assert found.stats["metric"] == "logit_diff"
+    exact = eap_scores(dataclasses.replace(problem, policy=FP32)).values
+    if policy != "rtn":
+        assert np.corrcoef(found.values[problem.graph.edges], exact[problem.graph.edges])[0, 1] > 0.95
 
 
 # --- runs -----------------------------------------------------------------------------------------------------
