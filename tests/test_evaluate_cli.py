@@ -22,6 +22,7 @@ from pahq.evaluation.agreement import agreement
 from pahq.evaluation.behaviour import behaviour
 from pahq.evaluation.circuit import Circuit
 from pahq.evaluation.roc import Point, auc, rates
+from pahq.evaluation.truth.base import Truth
 from pahq.graph import Graph
 from pahq.method.select import top
 from pahq.model import Transformer, load_model
@@ -253,6 +254,24 @@ def test_methods_that_score_edges_beside_acdc(pahq: Pahq, files: Path, tmp_path:
     table = pahq("compare", *runs, "--truth", files / "tight" / "circuit.json", "--bootstrap", 0).out
     assert " 1 gradient" in table
     assert "ranking" in table
+
+
+def test_a_truth_brings_its_own_model_and_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For runs on its objects; it is built once, whatever the number of runs."""
+    model, task, built = transformer(layers=2, heads=2), RandomTask(), []
+    for threshold in (0.01, 0.1):
+        package.discover(model=model, task=task, threshold=threshold, n=3, out=tmp_path / str(threshold))
+    circuit = Circuit.load(tmp_path / "0.01")
+
+    def load(name: str, graph: Graph) -> Truth:
+        built.append(name)
+        return Truth(name, "", graph, circuit.mask, get_model=lambda: model, get_task=lambda: task)
+
+    monkeypatch.setattr("pahq.assessment.load_truth", load)
+    record = package.compare([tmp_path / "0.1", tmp_path / "0.01"], truth="known", bootstrap=0)
+    assert built == ["known"]
+    assert record["roc"][0]["edges"]["auc"] == 1
+    assert [run["reference"]["edges"]["f1"] == 1 for run in record["runs"]].count(True) >= 1
 
 
 class BareTask(RandomTask):

@@ -29,7 +29,7 @@ from pahq.model import Transformer
 from pahq.precision.policy import Policy, get_policy
 from pahq.precision.streamed import StreamedBlocks
 from pahq.report import identity, machine
-from pahq.report.config import RunConfig
+from pahq.report.config import OBJECT, RunConfig
 from pahq.report.folder import RUN_FILE, RunFolder
 from pahq.report.progress import Watch, watch_for
 from pahq.report.tracing import open_scheduler, trace_path, traced
@@ -37,9 +37,6 @@ from pahq.scoring import prefilter, score
 from pahq.sweeping import sweep
 from pahq.task import Task, get_task
 from pahq.task.prompts import Prompts
-
-OBJECT = "object:"
-"""Marks a model or task in a record that was given as a Python object, not by name."""
 
 
 class Outcome(NamedTuple):

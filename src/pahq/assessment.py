@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from pahq.evaluation.circuit import Circuit
 from pahq.evaluation.examples import Examples
 from pahq.evaluation.knockouts import Unit, completeness, minimality, parts_of
 from pahq.evaluation.reference import Reference, areas, beside, is_ranking
-from pahq.evaluation.truth.base import load_truth
+from pahq.evaluation.truth.base import Truth, load_truth
 from pahq.held_out import HeldOut
 from pahq.inputs import task_options, timestamp
 from pahq.report import evaluation_plots, machine, plots
@@ -96,8 +97,9 @@ def evaluate(
     """Every figure of each run: the record, as in ``evaluation.json``.
 
     runs: folders of finished runs. out: folder for JSON, CSV and plots, None to write nothing. model, task: in place
-    of the runs' own (needed for runs on Python objects). options: fields of ``EvaluationOptions``.
-    watch: told about the course; command: what was typed, for the record. Raises PahqError for bad input.
+    of the runs' own (needed for runs on Python objects, unless these are the truth's). options: fields of
+    ``EvaluationOptions``. watch: told about the course; command: what was typed, for the record.
+    Raises PahqError for bad input.
     """
     how = _options(options)
     found = [finished_run(path) for path in runs]
@@ -172,7 +174,12 @@ def _assess(
     watch = Watch() if watch is None else watch
     began, started = time.perf_counter(), timestamp()
     other = None if how.against is None else finished_run(how.against)
-    references = [_reference(run, how, other) for run in runs]
+    truths = _truths(runs, how.truth)
+    references = [_reference(run, truth, other) for run, truth in zip(runs, truths, strict=True)]
+    truth = truths[0]
+    if truth is not None and any(run.on_objects for run in runs):  # runs on a truth's own model and prompts
+        model = truth.model() if model is None and truth.get_model is not None else model
+        task = truth.task() if task is None and truth.get_task is not None else task
     names = run_names(runs)
     passes = sum(_passes(run.circuit, how) for run in runs)
     folder = None if out is None else ResultFolder(out, kind)
@@ -215,11 +222,25 @@ def _assess(
     return record
 
 
-def _reference(run: FinishedRun, how: EvaluationOptions, other: FinishedRun | None) -> Reference | None:
+def _truths(runs: Sequence[FinishedRun], name: str | None) -> list[Truth | None]:
+    """The truth for each run, read once for runs on one graph (only a file may need the graph to be read)."""
+    found: dict[str, Truth] = {}
+    truths: list[Truth | None] = []
+    for run in runs:
+        graph = run.circuit.graph
+        key = (
+            json.dumps([graph.config.to_dict(), graph.options()], sort_keys=True) if str(name).endswith(".json") else ""
+        )
+        if name is not None and key not in found:
+            found[key] = load_truth(name, graph)
+        truths.append(None if name is None else found[key])
+    return truths
+
+
+def _reference(run: FinishedRun, truth: Truth | None, other: FinishedRun | None) -> Reference | None:
     """What the run is held against, on its own graph."""
     graph = run.circuit.graph
-    if how.truth is not None:
-        truth = load_truth(how.truth, graph)
+    if truth is not None:
         return Reference(truth.name, graph, truth.on(graph))
     if other is None:
         return None

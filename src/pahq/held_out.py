@@ -11,6 +11,7 @@ from pahq.inputs import device_of, load, metric_of, task_options
 from pahq.model import Transformer
 from pahq.precision.policy import get_policy
 from pahq.report import identity, machine
+from pahq.report.config import OBJECT
 from pahq.report.finished import FinishedRun
 from pahq.report.progress import Watch
 from pahq.report.steps import Steps
@@ -77,12 +78,12 @@ class HeldOut:
         if isinstance(self.task, Task):
             return self.task
         name = run.config.task if self.task is None else self.task
-        if name.startswith("object:"):
+        if name.startswith(OBJECT):
             raise PahqError(f"{run.path}: its task was a Python object; call pahq.evaluate with that object as task")
         return get_task(name, **task_options(run.config))
 
     def _load(self, run: FinishedRun, device: str) -> Transformer:
-        if self.model is None and run.config.model.startswith("object:"):
+        if self.model is None and run.config.model.startswith(OBJECT):
             raise PahqError(f"{run.path}: its model was a Python object; call pahq.evaluate with that object as model")
         device_of(device)
         config = replace(run.config, device=device)

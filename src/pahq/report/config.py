@@ -19,6 +19,8 @@ CHOICES = {
     "dtype": ("float32", "float64"),
     "under_test": ("none", "sender", "receiver", "both"),
 }
+OBJECT = "object:"
+"""Marks a model or task in a record that was given as a Python object, not by name."""
 SWEEP_ONLY = ("head_order", "sender_order", "full_vocabulary", "exact", "check", "prefilter", "keep", "order_by_score")
 """Options that mean nothing to a method which scores edges."""
 ADDED = ("edges", "select", "method_options", "prefilter", "keep", "order_by_score")

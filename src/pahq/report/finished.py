@@ -12,7 +12,7 @@ from typing import Any
 from pahq.errors import PahqError
 from pahq.evaluation.circuit import Circuit
 from pahq.files import read_json
-from pahq.report.config import RunConfig
+from pahq.report.config import OBJECT, RunConfig
 from pahq.report.folder import RUN_FILE, START_FILE
 
 SIZES = ("threshold", "edges")
@@ -33,6 +33,11 @@ class FinishedRun:
         """Equal for runs that differ in nothing but ``SIZES`` and how scores are cut off there."""
         kept = {name: value for name, value in self.config.to_dict().items() if name not in (*SIZES, "select")}
         return json.dumps(kept, sort_keys=True)
+
+    @property
+    def on_objects(self) -> bool:
+        """Whether model or task were given as Python objects, and so cannot be had by name."""
+        return any(name.startswith(OBJECT) for name in (self.config.model, self.config.task))
 
     @property
     def cost(self) -> dict[str, Any]:
