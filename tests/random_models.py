@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pahq.graph import Graph
-from pahq.method.acdc import HeadOrder, SenderOrder
+from pahq.method.acdc import AcdcOptions, HeadOrder, SenderOrder
 from pahq.model.config import Activation, ModelConfig, Positions
 from pahq.model.transformer import Transformer, build, shapes
 from pahq.task.prompts import Prompts
@@ -36,6 +36,11 @@ class Case:
     head_order: HeadOrder
     sender_order: SenderOrder
     seed: int = field(default=0)
+
+    def acdc(self, threshold: float, **more: Any) -> AcdcOptions:
+        """ACDC's options of this case. more: further ones, such as a policy."""
+        mine = {name: getattr(self, name) for name in ("metric", "ablation", "absolute", "head_order", "sender_order")}
+        return AcdcOptions(threshold, **mine, **self.graph.options(), **more)
 
     def __repr__(self) -> str:
         facts: dict[str, Any] = {

@@ -18,7 +18,7 @@ from torch import Tensor
 from pahq.engine import batch as batch_module
 from pahq.engine import chain
 from pahq.method import acdc
-from pahq.method.acdc import Acdc, AcdcOptions
+from pahq.method.acdc import Acdc
 from pahq.precision import mixed
 from pahq.precision.policy import Policy, UnderTest
 from random_models import Case, cases, drawn
@@ -43,17 +43,7 @@ def chained(case: Case, threshold: float, exact: bool = False, screen: bool = Fa
     """As ``test_engine_vs_oracle.engine``, over chains; which parts are under test is drawn with the case."""
     policy = Forced("forced", under_test=UNDER[case.seed // 64 % 4], others_under_test=case.seed // 256 % 2 == 1)
     assert policy.differences
-    options = AcdcOptions(
-        threshold=threshold,
-        metric=case.metric,
-        ablation=case.ablation,
-        absolute=case.absolute,
-        head_order=case.head_order,
-        sender_order=case.sender_order,
-        policy=policy,
-        exact=exact,
-        **case.graph.options(),
-    )
+    options = case.acdc(threshold, policy=policy, exact=exact)
     memory = (1 << 30, 50_000)[case.seed % 2]
     return Acdc(
         case.model, case.prompts, options, memory_limit=memory, max_states=1 + case.seed // 2 % 32, screen=screen

@@ -65,17 +65,7 @@ def sequential(case: Case, threshold: float) -> oracle.Sweep:
 
 def engine(case: Case, threshold: float, screen: bool = False) -> Acdc:
     """Under bounds on states and memory that make short and long batches, drawn with the case."""
-    options = AcdcOptions(
-        threshold=threshold,
-        metric=case.metric,
-        ablation=case.ablation,
-        absolute=case.absolute,
-        head_order=case.head_order,
-        sender_order=case.sender_order,
-        split_qkv=case.graph.split_qkv,
-        direct_edges=case.graph.direct_edges,
-        split_pos=case.graph.split_pos,
-    )
+    options = case.acdc(threshold)
     memory = (1 << 30, 50_000)[case.seed % 2]
     return Acdc(
         case.model, case.prompts, options, memory_limit=memory, max_states=1 + case.seed // 2 % 32, screen=screen

@@ -30,17 +30,7 @@ NOISE = 1e-5
 
 
 def sweep(case: Case, threshold: float, policy: Policy, exact: bool | None = None, check: bool = False) -> Acdc:
-    options = AcdcOptions(
-        threshold=threshold,
-        metric=case.metric,
-        ablation=case.ablation,
-        absolute=case.absolute,
-        head_order=case.head_order,
-        sender_order=case.sender_order,
-        policy=policy,
-        exact=exact,
-        **case.graph.options(),
-    )
+    options = case.acdc(threshold, policy=policy, exact=exact)
     memory = (1 << 30, 50_000)[case.seed % 2]
     return Acdc(case.model, case.prompts, options, memory_limit=memory, screen=False, check=check)
 

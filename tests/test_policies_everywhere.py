@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 
 from pahq.method import acdc
-from pahq.method.acdc import Acdc, AcdcOptions
+from pahq.method.acdc import Acdc
 from pahq.precision.policy import POLICIES, UnderTest, get_policy
 from random_models import Case, cases, drawn
 from test_engine_vs_oracle import features_of, threshold_for
@@ -25,16 +25,7 @@ def sweep(case: Case, spec: str, threshold: float) -> Acdc:
     policy = get_policy(spec)
     if not policy.is_fp32:
         policy = replace(policy, under_test=UNDER[case.seed // 4 % 4], others_under_test=case.seed // 16 % 2 == 1)
-    options = AcdcOptions(
-        threshold=threshold,
-        metric=case.metric,
-        ablation=case.ablation,
-        absolute=case.absolute,
-        head_order=case.head_order,
-        sender_order=case.sender_order,
-        policy=policy,
-        **case.graph.options(),
-    )
+    options = case.acdc(threshold, policy=policy)
     memory = (1 << 30, 50_000)[case.seed % 2]
     return Acdc(case.model, case.prompts, options, memory, screen=case.seed // 2 % 2 == 1)
 

@@ -134,6 +134,7 @@ def test_bad_specs_end_in_one_line(spec: str, words: list[str]) -> None:
         '{"formats": {"mlp": "bf16"}, "colour": "red"}',
         '{"formats": {"mlp": "fp9"}}',
         '{"formats": {"mlp": 8}}',
+        '{"formats": {"all": "bf16"}}',
         '{"formats": {"head": "bf16"}}',
         '{"formats": {"mlp": "bf16"}, "quantised": "both"}',
         '{"formats": {"mlp": "bf16"}, "quantised": ["values"]}',

@@ -202,6 +202,23 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sensitivity", "--formats", "bf16,fp4"], "format 'fp4' is unknown"),
+        (["sensitivity", "--budget", "some"], "budget 'some' is no size"),
+        (["groups", "--sizes", "-4,1"], "sizes: -4 is no size"),
+    ],
+)
+def test_options_are_judged_before_the_model_is_loaded(
+    pahq: Pahq, tmp_path: Path, words: list[str], message: str
+) -> None:
+    study, *rest = words
+    nowhere = tmp_path / "no-such-model"
+    answer = pahq("precision", study, "--model", nowhere, "--task", "ioi", *rest, "--out", tmp_path / "out")
+    assert message in answer.error
+
+
 def test_foreign_folders_are_left_alone(pahq: Pahq, files: Path, tmp_path: Path) -> None:
     out = tmp_path / "mine"
     out.mkdir()

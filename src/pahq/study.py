@@ -11,9 +11,9 @@ from typing import Any
 
 from pahq.errors import PahqError
 from pahq.evaluation.circuit import Circuit
-from pahq.evaluation.precision.groups import measure_groups
+from pahq.evaluation.precision.groups import check_sizes, measure_groups
 from pahq.evaluation.precision.replay import Tested, sweep_of
-from pahq.evaluation.precision.sensitivity import FORMATS, Watcher, measure_sensitivity
+from pahq.evaluation.precision.sensitivity import FORMATS, Watcher, budget_bytes, measure_sensitivity, single_policies
 from pahq.evaluation.precision.snr import measure_snr
 from pahq.files import read_json
 from pahq.inputs import DTYPES, absolute, acdc_options, device_of, metric_of, task_options, timestamp
@@ -64,6 +64,9 @@ def sensitivity(
     config: also threshold and absolute, of the FP32 sweep. run: folder of a finished run whose sweep is sampled
     instead; its options count then, and model and prompts must be the same. Raises PahqError for bad input.
     """
+    for policy in single_policies(kinds, formats, quantised):  # before the model is loaded, which takes a while
+        policy.require(device_of(config.device), DTYPES[config.dtype])
+    budget_bytes(budget, 1)
     if run is not None:
         config = _options_of(run, config)
 
@@ -98,9 +101,12 @@ def groups(
     config: also threshold, of the decisions that are compared. Raises PahqError for bad input.
     """
     policy = get_policy(config.policy, config.under_test)
+    if sizes is not None:
+        check_sizes(sizes)
 
     def measure(model: Transformer, prompts: Prompts, metric: str, steps: Steps) -> dict[str, Any]:
         threshold, seed = config.threshold, config.seed
+        assert threshold is not None
         found = measure_groups(
             model, prompts, metric, config.ablation, policy, threshold, heads, tests, seed, sizes, steps.step
         )
@@ -119,6 +125,8 @@ def _options_of(run: Folder, config: RunConfig) -> RunConfig:
     if not isinstance(record.get("config"), dict) or "study" in record:
         raise PahqError(f"{run}: not the folder of a run of pahq discover; check the path")
     then = RunConfig.from_dict(record["config"], str(folder / RUN_FILE))
+    if then.method != "acdc" or then.prefilter is not None:
+        raise PahqError(f"{run}: the run is no sweep of all edges; give one of method acdc without a prefilter")
     if then.dtype != "float32":
         raise PahqError(f"{run}: the run is in {then.dtype}, with which low precision does not go; take one in float32")
     names = ("model", "task", "n", "seed", "device", "pad", "task_options")

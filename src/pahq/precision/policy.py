@@ -179,10 +179,15 @@ def _table(spec: str, text: str) -> dict[str, str]:
         kind, equals, name = item.strip().partition("=")
         if not equals or not name:
             raise PahqError(f"policy '{spec}': '{item}' is not COMPONENT=FORMAT; write for example mlp=bf16")
-        if kind == "all":
-            raise PahqError(f"policy '{spec}': 'all' would round even the metric; write linear={name}")
-        table |= dict.fromkeys(GROUPS.get(kind, (kind,)), name)
+        table |= _kinds(spec, kind, name)
     return table
+
+
+def _kinds(policy: str, kind: str, name: str) -> dict[str, str]:
+    """A kind or a word for several, all in one format."""
+    if kind == "all":
+        raise PahqError(f"policy '{policy}': 'all' would round even the metric; write linear={name}")
+    return dict.fromkeys(GROUPS.get(kind, (kind,)), name)
 
 
 def _from_file(path: Path) -> Policy:
@@ -194,5 +199,5 @@ def _from_file(path: Path) -> Policy:
         raise PahqError(f"{path}: {what}; write {json.dumps({'formats': {'mlp': 'bf16'}})}")
     table: dict[str, str] = {}
     for kind, name in facts["formats"].items():
-        table |= dict.fromkeys(GROUPS.get(kind, (kind,)), str(name))
+        table |= _kinds(str(path), kind, str(name))
     return Policy(**{**facts, "name": str(facts.get("name", path.stem)), "formats": table})

@@ -45,6 +45,12 @@ class Groups:
     fp32_seconds: float
 
 
+def check_sizes(sizes: Sequence[int]) -> None:
+    """Raises PahqError where a size is none."""
+    if not sizes or min(sizes) < 0:
+        raise PahqError(f"sizes: {min(sizes, default='none')} is no size of a group; give numbers from 0 on")
+
+
 def group_sizes(sampled: int, total: int) -> list[int]:
     """No head, 1, 2, 4, … up to all heads sampled, and all heads of the model."""
     powers = [2**i for i in range(sampled.bit_length()) if 2**i < sampled]
@@ -118,8 +124,7 @@ def measure_groups(
     heads = min(HEADS, total) if heads is None else heads
     edges = draw(graph, heads, tests, seed)
     sizes = group_sizes(heads, total) if sizes is None else sorted({min(size, total) for size in sizes})
-    if not sizes or min(sizes) < 0:
-        raise PahqError(f"sizes: {min(sizes, default='none')} is no size of a group; give numbers from 0 on")
+    check_sizes(sizes)
     flat = [edge for some in edges.values() for edge in some]
     of = sum(max(1, len(_split(list(edges), size, total))) for size in sizes) * len(ways(policy)) + 1
     done = 0
