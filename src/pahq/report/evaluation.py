@@ -240,7 +240,9 @@ def _count(value: Any) -> str:
 
 
 def _time(value: Any) -> str:
-    return plain(None) if value is None else as_time(value)
+    if value is None:
+        return plain(None)
+    return f"{value:.1f} s" if value < 60 else as_time(value)
 
 
 def _memory(value: Any) -> str:

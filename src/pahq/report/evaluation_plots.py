@@ -22,29 +22,23 @@ def _recovering(record: Row) -> list[Row]:
 
 
 def faithfulness(figure: Any, rows: Sequence[Row]) -> None:
-    """Share of the metric recovered against circuit size: a line for each ranking, and for each sweep's thresholds."""
+    """Share of the metric recovered against circuit size: lines for rankings, and one for each sweep's thresholds."""
     axes = figure.subplots()
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["group"], []).append(row)
     for place, (name, runs) in enumerate(groups.items()):
-        curves = runs[0]["curves"]
-        points = curves.get("signed", curves.get("absolute", [])) or [run["circuit"] for run in runs]
-        points = sorted((point for point in points if point["edges"]), key=lambda point: point["edges"])
-        axes.plot(
-            [point["edges"] for point in points],
-            [point["recovered"] for point in points],
-            marker="." if runs[0]["ranking"] else "o",
-            color=f"C{place}",
-            label=name,
-        )
-    if axes.get_lines():
-        from matplotlib.ticker import LogFormatter
-
-        axes.set_xscale("log")
-        for which in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            which(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))  # plain numbers
-        axes.legend(fontsize="small")
+        curves = runs[0]["curves"] or {"": [run["circuit"] for run in runs]}
+        for ranking, curve in curves.items():
+            points = sorted((point for point in curve if point["edges"]), key=lambda point: point["edges"])
+            axes.plot(
+                [point["edges"] for point in points],
+                [point["recovered"] for point in points],
+                marker="." if ranking else "o",
+                linestyle="--" if len(curves) > 1 and ranking == "absolute" else "-",
+                color=f"C{place}",
+                label=f"{name}, {ranking} scores" if ranking else name,
+            )
     for height, style in ((1, "--"), (0, ":")):
         axes.axhline(height, color="grey", linewidth=0.8, linestyle=style)
     axes.set(xlabel="edges in the circuit", ylabel=f"{rows[0]['metric']} recovered", title="faithfulness against size")
