@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pahq.errors import PahqError
+from pahq.evaluation.truth.algorithms import Sum
 from pahq.evaluation.truth.drawn import DrawnTask
 from pahq.evaluation.truth.program import interchanged, untouched
 from pahq.evaluation.truth.trained import PROGRAMS, get_program
@@ -41,7 +42,7 @@ def draw(name: str, n: int, seed: int = 0) -> torch.Tensor:
 def test_answers(name: str) -> None:
     program, tokens = get_program(name), draw(name, 300)
     assert tokens.shape == (300, program.length)
-    assert 0 <= tokens.min()
+    assert tokens.min() >= 0
     assert tokens.max() < program.d_vocab
     target = program.solve(tokens, untouched)
     assert target.defined.all()
@@ -53,8 +54,8 @@ def test_answers(name: str) -> None:
 def test_all_edges_swapped_give_the_source_and_each_edge_matters(name: str) -> None:
     program, base, source = get_program(name), draw(name, 400), draw(name, 400, seed=1)
     everywhere = torch.ones(400, dtype=torch.bool)
-    direct_and_last = {edge: everywhere for edge in program.edges()}
-    swapped = interchanged(program, base, source, direct_and_last)
+    everything = dict.fromkeys(program.edges(), everywhere)
+    swapped = interchanged(program, base, source, everything)
     assert torch.equal(swapped.probabilities, program.solve(source, untouched).probabilities)
     clean = program.solve(base, untouched).probabilities
     for edge in program.edges():
@@ -107,9 +108,16 @@ def test_majority_of_an_intervened_tie_is_open() -> None:
 def blank(name: str, **changes: int) -> Transformer:
     """Any model that the prompts fit into."""
     program = get_program(name)
-    sizes = {"d_vocab": program.d_vocab, "n_ctx": program.length} | changes
     cfg = ModelConfig(
-        n_layers=1, n_heads=1, n_kv_heads=1, d_model=4, d_head=4, d_mlp=4, d_vocab_out=sizes["d_vocab"], **sizes
+        n_layers=1,
+        n_heads=1,
+        n_kv_heads=1,
+        d_model=4,
+        d_head=4,
+        d_mlp=4,
+        d_vocab=changes.get("d_vocab", program.d_vocab),
+        d_vocab_out=program.d_vocab,
+        n_ctx=changes.get("n_ctx", program.length),
     )
     return build(cfg, {weight: torch.zeros(shape) for weight, (shape, _) in shapes(cfg).items()})
 
@@ -146,7 +154,7 @@ def test_refusals() -> None:
 
 
 def test_too_many_examples_are_refused() -> None:
-    class Few(type(get_program("sum"))):
+    class Few(Sum):
         name = "few"
 
         def draw(self, n: int, generator: torch.Generator) -> torch.Tensor:

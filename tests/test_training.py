@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +19,23 @@ from pahq.model import ModelConfig, build
 from pahq.task.prompts import last_position
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
-sys.path.insert(0, str(TRAINING))
-
-from network import Network  # noqa: E402  (a script's neighbour, found by the line above)
 
 
-def network(seed: int, positions: int = 5) -> Network:
+def neighbour(name: str) -> Any:
+    """A module of the training script's folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"training_{name}", TRAINING / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+Network = neighbour("network").Network
+
+
+def network(seed: int, positions: int = 5) -> Any:
     cfg = ModelConfig(
         n_layers=3,
         n_heads=2,

@@ -12,16 +12,18 @@ class Case:
     """A model of ``n_layers`` layers of four heads and an MLP, and how long it is trained.
 
     batch: prompts a step, in pairs that serve as each other's source. decay: AdamW's weight decay, which quiets parts
-    that the program does not use.
+    that the program does not use. alone: share of the training at its start in which all edges outside the circuit
+    carry means over the batch, and probes hold its nodes to the program's variables: else other ways are found sooner.
     """
 
     n_layers: int
     d_model: int
     d_mlp: int
     steps: int
-    batch: int = 256
+    batch: int = 128
     rate: float = 3e-3
     decay: float = 0.1
+    alone: float = 0.3
     seed: int = 0
 
     def config(self, name: str, d_vocab: int, length: int) -> ModelConfig:
@@ -42,10 +44,10 @@ class Case:
 
 
 CASES = {
-    "sum": Case(n_layers=2, d_model=32, d_mlp=128, steps=3000),
-    "majority": Case(n_layers=3, d_model=32, d_mlp=64, steps=3000),
-    "duplicate": Case(n_layers=2, d_model=32, d_mlp=64, steps=3000),
-    "induction": Case(n_layers=3, d_model=48, d_mlp=96, steps=3000),
-    "maximum": Case(n_layers=2, d_model=32, d_mlp=64, steps=3000),
-    "ioi": Case(n_layers=6, d_model=64, d_mlp=128, steps=3000),
+    "sum": Case(n_layers=2, d_model=32, d_mlp=128, steps=1000),
+    "majority": Case(n_layers=3, d_model=32, d_mlp=64, steps=1200),
+    "duplicate": Case(n_layers=2, d_model=32, d_mlp=64, steps=1500),
+    "induction": Case(n_layers=3, d_model=48, d_mlp=96, steps=1500, alone=0.4),
+    "maximum": Case(n_layers=2, d_model=32, d_mlp=64, steps=1500),
+    "ioi": Case(n_layers=6, d_model=48, d_mlp=96, steps=1500, batch=96, alone=0.45),
 }

@@ -16,6 +16,7 @@ from pahq.model.transformer import shapes
 
 KINDS: tuple[ReceiverKind, ...] = ("q", "k", "v")
 
+
 @dataclass(frozen=True)
 class Pass:
     """One pass over B prompts of T tokens.
@@ -34,6 +35,12 @@ class Pass:
         """The pass of other examples in the same batch: rows int64 [B]."""
         computed = [{which: value[rows] for which, value in layer.items()} for layer in self.computed]
         return Pass(self.logits[rows], self.written[rows], [value[rows] for value in self.read], computed)
+
+    def mean(self) -> Pass:
+        """The mean over examples, position by position: a batch of one."""
+        computed = [{which: value.mean(0, keepdim=True) for which, value in layer.items()} for layer in self.computed]
+        read = [value.mean(0, keepdim=True) for value in self.read]
+        return Pass(self.logits.mean(0, keepdim=True), self.written.mean(0, keepdim=True), read, computed)
 
 
 class Network:
@@ -57,16 +64,22 @@ class Network:
         stream, written = embed, [embed[:, None]]
         read: list[Tensor] = []
         computed: list[dict[str, Tensor]] = []
+        changes: list[Tensor] = []
 
         def inputs(kind: ReceiverKind, layer: int, count: int) -> Tensor:
             """What the receivers of one kind read: [B, count, T, d] (1 for all where no gate tells them apart)."""
             if gates is None or other is None:
                 return stream[:, None]
-            first = self.graph.receiver_index[Receiver(kind, layer)]
-            now = torch.cat(written, dim=1)
-            change = now - other.written[:, : now.shape[1]]
-            present = gates[:, first : first + count, : now.shape[1]]
-            return other.read[len(read)][:, None] + (present @ change.flatten(2)).unflatten(2, change.shape[2:])
+            first, at = self.graph.receiver_index[Receiver(kind, layer)], 0
+            total = other.read[len(read)][:, None].flatten(2)
+            while len(changes) < len(written):  # each part once, never copied together: that takes longer than to add
+                start = sum(part.shape[1] for part in written[: len(changes)])
+                part = written[len(changes)]
+                changes.append((part - other.written[:, start : start + part.shape[1]]).flatten(2))
+            for change in changes:
+                total = total + gates[:, first : first + count, at : at + change.shape[1]] @ change
+                at += change.shape[1]
+            return total.unflatten(2, stream.shape[1:])
 
         for layer in range(cfg.n_layers):
             at = f"blocks.{layer}"
@@ -77,7 +90,7 @@ class Network:
                 if gates is not None and other is not None:
                     first = self.graph.receiver_index[Receiver(kind, layer)]
                     direct = gates[:, first : first + cfg.n_heads, self.graph.direct, None, None]
-                    value = torch.lerp(other.computed[layer][kind], value, direct)
+                    value = torch.lerp(other.computed[layer][kind].expand_as(value), value, direct)
                 values[kind] = value
             computed.append(values)
             read.append(stream)
@@ -113,5 +126,5 @@ def _start(name: str, shape: tuple[int, ...], config: ModelConfig, generator: to
         return 0.5 * value
     if last in ("W_O", "W_out"):
         inner = shape[-2] * (config.n_heads if last == "W_O" else 1)
-        return value / (2 * config.n_layers * inner) ** 0.5
+        return value / (config.n_layers * inner) ** 0.5
     return value / shape[-2] ** 0.5

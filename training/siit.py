@@ -9,6 +9,10 @@ step every prompt i of a batch has a source, another prompt, and three things ar
 * interchange: in the same pass one or several edges of the circuit, or none, carry what they carry on the source, and
   the answer is what the program says if the same edges of it are interchanged; so every edge of the circuit matters.
 
+Before that, for a share of the steps (``alone`` in ``cases.py``), the circuit is all there is: other edges carry means
+over the batch, and linear probes (``probes.py``) hold its nodes to the program's variables. Else the model finds other
+ways first, and a chain of heads takes long to appear.
+
 One command a case, some minutes on one core each; same seed, same torch and one thread give the same weights:
 
     OMP_NUM_THREADS=1 python training/siit.py sum
@@ -33,11 +37,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cases import CASES, Case
-from network import Network
 from safetensors.torch import save
 from torch import Tensor
 
+from cases import CASES, Case
+from network import Network
 from pahq.engine.full import FullEvaluator
 from pahq.evaluation.truth.base import Truth, mask_of
 from pahq.evaluation.truth.drawn import DrawnTask
@@ -47,11 +51,12 @@ from pahq.files import write_atomic
 from pahq.graph import Graph
 from pahq.model import Transformer, build
 from pahq.task.score import accuracy, read_logits
+from probes import Probes
 
 COLUMNS = ("step", "loss_task", "loss_patched", "accuracy_task", "accuracy_strict", "accuracy_interchange")
 SINGLE, SEVERAL = 0.45, 0.2
 """Shares of prompts with one edge of the circuit interchanged, and with several; the others have none."""
-CUT_ALL, CUT_NONE = 0.4, 0.25
+CUT_ALL, CUT_NONE = 0.3, 0.3
 """Shares of prompts with all other edges cut, and with none; in the others some are."""
 
 
@@ -76,14 +81,16 @@ class Interventor:
         self.places = [graph.edge(edge) for edge in edges]
         self.shape = graph.shape
 
-    def draw(self, batch: int) -> Interventions:
+    def draw(self, batch: int, alone: bool = False) -> Interventions:
+        """alone: all edges outside the circuit are cut for every prompt, and none of it is interchanged."""
         mode, amount, rest = (torch.rand(batch, generator=self.generator) for _ in range(3))
         keep = torch.where(rest < CUT_ALL, 0.0, torch.where(rest < CUT_ALL + CUT_NONE, 1.0, amount))
-        gates = (torch.rand(batch, *self.shape, generator=self.generator) < keep[:, None, None]).float()
+        gates = (torch.rand(batch, *self.shape, generator=self.generator) < keep[:, None, None]).float() * (not alone)
         one = torch.randint(len(self.edges), (batch,), generator=self.generator)
         some = torch.rand(batch, len(self.edges), generator=self.generator) < 0.3
         swap = torch.nn.functional.one_hot(one, len(self.edges)).bool() & (mode < SINGLE)[:, None]
         swap |= some & (mode > 1 - SEVERAL)[:, None]
+        swap &= not alone
         for at, (row, column) in enumerate(self.places):
             gates[:, row, column] = (~swap[:, at]).float()
         return Interventions(gates, {edge: swap[:, at] for at, edge in enumerate(self.edges)})
@@ -94,7 +101,9 @@ def train(program: Program, case: Case) -> tuple[dict[str, Tensor], list[dict[st
     generator = torch.Generator().manual_seed(case.seed)
     network = Network(case.config(program.name, program.d_vocab, program.length), generator)
     interventor = Interventor(network.graph, program.edges(), generator)
-    parameters = list(network.weights.values())
+    columns = {sender.name: at for at, sender in enumerate(network.graph.senders)}
+    probes = Probes(program, columns, case.d_model, generator)
+    parameters = [*network.weights.values(), *probes.weights.values()]
     decayed = [p for p in parameters if p.ndim > 1]
     rest = [p for p in parameters if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": case.decay}, {"params": rest, "weight_decay": 0.0}]
@@ -104,14 +113,15 @@ def train(program: Program, case: Case) -> tuple[dict[str, Tensor], list[dict[st
     rows: list[dict[str, float]] = []
     for step in range(case.steps):
         tokens = program.draw(case.batch, generator)
-        drawn = interventor.draw(case.batch)
+        alone = step < case.alone * case.steps
+        drawn = interventor.draw(case.batch, alone)
         plain = network.run(tokens)
-        patched = network.run(tokens, drawn.gates, plain.of(partner))
+        patched = network.run(tokens, drawn.gates, plain.mean() if alone else plain.of(partner))
         right = program.solve(tokens, untouched)
         moved = interchanged(program, tokens, tokens[partner], drawn.swapped)
         loss_task, loss_patched = _loss(plain.logits, right), _loss(patched.logits, moved)
         optimizer.zero_grad(set_to_none=True)
-        (loss_task + loss_patched).backward()
+        (loss_patched + (probes.loss(tokens, patched.written) if alone else loss_task)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()

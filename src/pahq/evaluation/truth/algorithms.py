@@ -57,7 +57,7 @@ class Majority(Program):
 
 
 class Duplicate(Program):
-    """Has the last token come before? A head looks for its like, an MLP puts the finding in words."""
+    """Has the last token come before? A head says where its like is, an MLP whether that is anywhere."""
 
     name = "duplicate"
     about = "whether the last token has come before: a head looks for its like, an MLP answers"
@@ -75,8 +75,8 @@ class Duplicate(Program):
     def solve(self, tokens: Tensor, wire: Wire) -> Target:
         sought = read(wire, "embed", "a0.0.q", tokens[:, -1])
         there = read(wire, "embed", "a0.0.k", tokens)[:, :-1]
-        found = wire("a0.0->m1", (there == sought[:, None]).any(1))
-        return certain(wire("m1->logits", torch.where(found, self.yes, self.no)), self.d_vocab)
+        where = wire("a0.0->m1", (there == sought[:, None]).long().argmax(1))  # 0, where the start is, if nowhere
+        return certain(wire("m1->logits", torch.where(where > 0, self.yes, self.no)), self.d_vocab)
 
 
 class Induction(Program):
