@@ -175,7 +175,7 @@ class SoftPass:
         check_padding(prompts, model.config)
         if isinstance(model.blocks, StreamedBlocks):
             raise PahqError(
-                "gradients: weights that stay in host memory cannot be differentiated through; leave --offload out"
+                "gradients: weights that stay in host memory cannot be differentiated through; load the model whole"
             )
         self.model, self.prompts, self.graph, self.ref = model, prompts, graph, reference
         self.rows = _rows(graph)
