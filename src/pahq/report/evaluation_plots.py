@@ -39,6 +39,13 @@ def faithfulness(figure: Any, rows: Sequence[Row]) -> None:
                 color=f"C{place}",
                 label=f"{name}, {ranking} scores" if ranking else name,
             )
+    if axes.get_lines():
+        from matplotlib.ticker import LogFormatter
+
+        axes.set_xscale("log")
+        for which in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            which(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))  # plain numbers
+        axes.legend(fontsize="small")
     for height, style in ((1, "--"), (0, ":")):
         axes.axhline(height, color="grey", linewidth=0.8, linestyle=style)
     axes.set(xlabel="edges in the circuit", ylabel=f"{rows[0]['metric']} recovered", title="faithfulness against size")
