@@ -220,15 +220,16 @@ def test_margin_is_ready_after_enough_observations_of_the_kind() -> None:
     one = Margin()
     assert not one.ready("q")
     for _ in range(margin.ENOUGH - 1):
-        one.observe("q", 1e-4, 0.1)
-    one.observe("q", 1e-4, 0.0)  # did not move: tells nothing of how errors grow
-    one.observe("q", 0.0, 0.1)  # nothing was rounded: tells little
+        one.observe("q", 1e-4, 0.1, 0.0)
+    one.observe("q", 1e-4, 0.0, 0.0)  # did not move: tells nothing of how errors grow
+    one.observe("q", 0.0, 0.1, 0.0)  # nothing was rounded: tells little
+    one.observe("q", 1e-4, 0.1, 30.0)  # less than what rounding makes of a metric of 30: as little
     assert not one.ready("q")
-    one.observe("q", 1e-4, 0.1)
+    one.observe("q", 1e-4, 0.1, 0.0)
     assert one.ready("q")
     assert not one.ready("mlp")
     for _ in range(margin.ENOUGH_EXACT):
-        one.observe("logits", 0.0, 0.1)
+        one.observe("logits", 0.0, 0.1, 0.0)
     assert one.ready("logits")
 
 
@@ -237,7 +238,7 @@ def test_margin_covers_what_was_seen() -> None:
     moved = draw.uniform(0.01, 1.0, 100)
     errors = moved * draw.uniform(0, 1e-2, 100)
     for error, length in zip(errors.tolist(), moved.tolist(), strict=True):
-        one.observe("q", error, length)
+        one.observe("q", error, length, 0.0)
     margins = one.of(moved, 0.5)
     assert bool((margins >= errors).all())
     assert one.error == errors.max()

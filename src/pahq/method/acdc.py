@@ -277,7 +277,8 @@ class Acdc:
     def _learn(self, decision: Decision) -> None:
         """Takes in what a decision tells about low precision's errors; the journal has it for a resumed run."""
         if decision.error is not None and decision.moved is not None:
-            self.measurer.margin.observe(self.graph.receivers[decision.row].kind, decision.error, decision.moved)
+            kind = self.graph.receivers[decision.row].kind
+            self.measurer.margin.observe(kind, decision.error, decision.moved, decision.before)
 
     def _checkpoint(self, decided: list[Decision]) -> None:
         """From here on nothing depends on how the state was reached, so that a resumed run goes the same way."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from pahq.engine import Batch, Engine, Marks
 from pahq.engine.chain import parents
-from pahq.method.margin import NOISE
+from pahq.method.margin import noise
 from pahq.model.transformer import Transformer
 from pahq.precision.policy import FP32
 from pahq.task.prompts import Prompts
@@ -74,7 +74,7 @@ class Check:
             self.checked += 1
             self.largest_error = max(self.largest_error, abs(effect - decision.effect))
             if (not size < self.threshold) != decision.kept:
-                near = abs(size - self.threshold) <= NOISE * max(1.0, abs(before))
+                near = abs(size - self.threshold) <= noise(before)
                 self.within_noise += near
                 self.disagreements.append(
                     {

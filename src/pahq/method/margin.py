@@ -37,17 +37,23 @@ class Margin:
         """Whether it may be relied on for receivers of a kind."""
         return self._differed[kind] >= ENOUGH or self._seen[kind] >= ENOUGH_EXACT
 
-    def observe(self, kind: str, error: float, moved: float) -> None:
+    def observe(self, kind: str, error: float, moved: float, metric: float) -> None:
         """Takes in |low-precision effect - FP32 effect| of a state that lies ``moved`` from its parent.
 
-        kind: of the receiver that the state tests an edge into.
+        kind: of the receiver that the state tests an edge into. metric: the parent's.
         """
         self.error = max(self.error, error)
         if moved > 0:
+            beyond = error - noise(metric)
             self._seen[kind] += 1
-            self._differed[kind] += error > NOISE  # where nothing was rounded, little is told about rounding
-            self.largest = max(self.largest, (error - NOISE) / moved)
+            self._differed[kind] += beyond > 0  # where nothing was rounded, little is told about rounding
+            self.largest = max(self.largest, beyond / moved)
 
     def of(self, moved: np.ndarray, metric: float) -> np.ndarray:
         """The margin of effects with these movements, where the metric is about ``metric``."""
-        return SAFETY * self.largest * moved + NOISE * max(1.0, abs(metric))
+        return SAFETY * self.largest * moved + noise(metric)
+
+
+def noise(metric: float) -> float:
+    """FP32's rounding noise of an effect, where the metric is about ``metric``."""
+    return NOISE * max(1.0, abs(metric))
