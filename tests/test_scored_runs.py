@@ -21,9 +21,10 @@ import scored_runs
 from pahq import scoring
 from pahq.errors import PahqError
 from pahq.evaluation.circuit import Circuit
+from pahq.method.base import Scores
 from pahq.method.registry import METHODS as REGISTRY
 from pahq.method.registry import get_method
-from pahq.method.select import above, greedy, top
+from pahq.method.select import above, beyond, greedy, top
 from pahq.report import config as config_module
 from pahq.report import state, summary
 from pahq.report.config import RunConfig
@@ -189,6 +190,30 @@ def test_an_empty_circuit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     outcome = run(None, config(DOUBLE, edges=None, threshold=1e9), watch=PlainWatch(sys.stderr))
     assert outcome.circuit.n_edges == 0
     assert "the circuit is empty" in capsys.readouterr().err
+    assert "the circuit is empty" in outcome.record["search"]["notes"][-1]
+
+
+def test_a_circuit_much_smaller_than_asked_for_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the embeddings' edges come last, the best edges make no path, until all of a sudden many do."""
+    graph = run(None, config(DOUBLE)).circuit.graph
+    values = np.where(graph.edges, 2.0, 0.0)
+    values[graph.edges[:, 0], 0] = 1.0
+
+    def late(problem: Any, *_: Any) -> Scores:
+        return Scores(problem.graph, values, DOUBLE)
+
+    monkeypatch.setattr(scored_runs, "double_scores", late)
+    scored_runs.add_double()
+    outcome = run(None, config(DOUBLE, edges=5))
+    (note,) = outcome.record["search"]["notes"]
+    larger = beyond(graph, values, "top", 5)
+    assert larger is not None
+    assert (
+        f"no edge is on a path from the embeddings to the logits and within 5; the next larger circuit has {larger}"
+        in note
+    )
+    assert "or absolute" in note
+    assert run(None, config(DOUBLE, edges=larger)).circuit.n_edges == larger
 
 
 def test_progress_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 from pahq.errors import PahqError
 from pahq.graph import Graph
 from pahq.method.base import Scores
-from pahq.method.select import above, closed, connected, greedy, ranked, select, top
+from pahq.method.select import above, beyond, closed, connected, greedy, ranked, select, top
 from pahq.model.config import ModelConfig
 
 
@@ -145,6 +145,9 @@ def test_top_takes_the_best_edges(name: str, absolute: bool) -> None:
         for edges in (1, 7, graph.n_edges // 3, graph.n_edges):
             expected = slow_largest(graph, order, edges)
             assert np.array_equal(top(graph, values, edges, absolute), expected), (seed, edges)
+            larger = beyond(graph, values, "top", edges, absolute)
+            sizes = [int(paths(graph, with_direct(graph, order[:count])).sum()) for count in range(len(order) + 1)]
+            assert larger == min((size for size in sizes if size > edges), default=None)
     assert np.array_equal(top(graph, scores(graph, 0), graph.n_edges), graph.edges)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,16 @@ from pahq.evaluation.circuit import Circuit
 from pahq.graph import Graph
 from pahq.method.base import Problem, Scores
 from pahq.method.registry import get_method
-from pahq.method.select import select, top
+from pahq.method.select import beyond, select, top
 from pahq.model import Transformer
+from pahq.report.config import RunConfig
 from pahq.report.state import FolderWork, load_scores, save_scores
 from pahq.report.steps import Steps
 from pahq.task import Task
 from pahq.task.prompts import Prompts
 
+ENOUGH = 0.8
+"""Share of the edges asked for below which a circuit counts as much smaller."""
 WITH_GRADIENT = ("logit_diff", "greaterthan", "docstring", "nll")
 """Metrics whose gradient does not vanish at the clean run, in order of preference after the task's own."""
 
@@ -73,8 +76,10 @@ def score(course: Course, model: Transformer, prompts: Prompts, task: Task) -> F
     _check_edges(c.edges, graph)
     scores, spent = scores_of(course, problem_of(course, model, prompts, task), c.method, course.options)
     mask = select(scores, c.rule, c.edges, c.threshold, c.absolute)
-    if not mask.any():
-        course.watch.say("note: no path from the embeddings to the logits was selected; the circuit is empty")
+    note = _shortfall(c, scores, int(mask.sum()))
+    if note is not None:
+        course.watch.say(f"note: {note}")
+        scores = replace(scores, notes=(*scores.notes, note))
     order = np.full(graph.shape, -1, dtype=np.int64)
     search = {
         **spent,
@@ -88,6 +93,23 @@ def score(course: Course, model: Transformer, prompts: Prompts, task: Task) -> F
     }
     precision = {"policy": course.policy.to_dict()}
     return Found(graph, mask, np.where(graph.edges, scores.values, np.nan), order, None, search, precision)
+
+
+def _shortfall(c: RunConfig, scores: Scores, selected: int) -> str | None:
+    """What users must be told where a circuit is empty, or much smaller than was asked for."""
+    if c.edges is None:
+        return None if selected else "no path from the embeddings to the logits scores so high; the circuit is empty"
+    if selected >= ENOUGH * c.edges:
+        return None
+    larger = beyond(scores.graph, scores.values, c.rule, c.edges, c.absolute)
+    what = f"{selected:,} edges are" if selected else "no edge is"
+    mend = "" if c.absolute or not scores.signed else ", or absolute"
+    return (
+        f"among the best-scored edges {what} on a path from the embeddings to the logits and within {c.edges:,}; "
+        f"the next larger circuit has {larger:,} edges: ask for so many{mend}"
+        if larger is not None
+        else None
+    )
 
 
 def _check_edges(edges: int | None, graph: Graph) -> None:

@@ -62,6 +62,17 @@ def greedy(graph: Graph, values: np.ndarray, edges: int, absolute: bool = False)
     return _largest(graph, _grown(graph, strength), edges)
 
 
+def beyond(graph: Graph, values: np.ndarray, rule: str, edges: int, absolute: bool = False) -> int | None:
+    """How many edges the next larger circuit of ``top`` or ``greedy`` has, None if there is none.
+
+    The best edges of a ranking may make no whole path for long, and then many at once.
+    """
+    strength = _strength(graph, values, absolute)
+    order = ranked(graph, strength) if rule == "top" else _grown(graph, strength)
+    count = _fitting(graph, order, edges) + 1
+    return None if count > len(order) else int(_circuit(graph, order, count).sum())
+
+
 def above(graph: Graph, values: np.ndarray, threshold: float, absolute: bool = False) -> np.ndarray:
     """All edges with a score of at least ``threshold`` (ACDC's rule) that lie on a path; see ``top``."""
     return connected(graph, closed(graph, _strength(graph, values, absolute) >= threshold))
@@ -153,21 +164,27 @@ def _grown(graph: Graph, strength: np.ndarray) -> np.ndarray:
     return np.array(order, dtype=np.int64)
 
 
-def _largest(graph: Graph, order: np.ndarray, edges: int) -> np.ndarray:
-    """The longest beginning of ``order`` that makes, closed and without dead ends, at most ``edges`` edges."""
+def _circuit(graph: Graph, order: np.ndarray, count: int) -> np.ndarray:
+    """What the first ``count`` places of ``order`` make, closed and without dead ends."""
+    mask = np.zeros(graph.shape, dtype=bool)
+    mask.ravel()[order[:count]] = True
+    return connected(graph, closed(graph, mask))
+
+
+def _fitting(graph: Graph, order: np.ndarray, edges: int) -> int:
+    """How many places of ``order`` make a circuit of at most ``edges`` edges, as many as can be."""
     if not 1 <= edges <= graph.n_edges:
         raise PahqError(f"edges: {edges} lies outside 1 … {graph.n_edges:,}, the edges of {graph.config.name}")
-
-    def circuit(count: int) -> np.ndarray:
-        mask = np.zeros(graph.shape, dtype=bool)
-        mask.ravel()[order[:count]] = True
-        return connected(graph, closed(graph, mask))
-
-    low, high = 0, len(order)  # more edges never make a smaller circuit
+    low, high = 0, len(order)  # more places never make a smaller circuit
     while low < high:
         middle = (low + high + 1) // 2
-        if int(circuit(middle).sum()) <= edges:
+        if int(_circuit(graph, order, middle).sum()) <= edges:
             low = middle
         else:
             high = middle - 1
-    return circuit(low)
+    return low
+
+
+def _largest(graph: Graph, order: np.ndarray, edges: int) -> np.ndarray:
+    """The longest beginning of ``order`` that makes, closed and without dead ends, at most ``edges`` edges."""
+    return _circuit(graph, order, _fitting(graph, order, edges))
