@@ -44,7 +44,8 @@ class LowMatrix:
     def product(self, x: Rounded) -> Tensor:
         """Encoded rows [n, k] -> float32 [n, o]."""
         if self.fmt.storage == torch.int8:
-            out = _int_product(x.values, self.values).float()
+            whole = _int_product(x.values, self.values)
+            out = whole.view(torch.float32).copy_(whole)  # in place, for less traffic with memory
         elif self.fmt.name == "tf32":
             out = _tf32_product(x.values, self.values)
         elif self.fmt.is_exact:
