@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from common import median
-from modelled import Geometry
 from pahq.method.acdc import Acdc, AcdcOptions, Progress
 from pahq.model import ModelConfig, Transformer, build
 from pahq.model.transformer import shapes
 from pahq.precision.policy import get_policy
-from pahq.precision.schedule import STREAMS, make_scheduler
+from pahq.precision.schedule import make_scheduler
 from pahq.precision.streamed import streamed
+from pahq.reproduction.modelled import Geometry
+from pahq.reproduction.streams import VARIANTS
 from pahq.task.prompts import Prompts, last_position
 
-VARIANTS = {"all": STREAMS, "no_load": ("low", "high"), "no_split": ("load",), "none": ()}
 THRESHOLD = 0.01
 
 

@@ -238,6 +238,7 @@ def _add_others() -> None:
     from pahq.cli.evaluate import compare, evaluate
     from pahq.cli.methods import methods
     from pahq.cli.precision import policies, precision_app
+    from pahq.cli.reproduce import reproduce_app
     from pahq.cli.tasks import tasks_app
     from pahq.cli.truth import truth
 
@@ -248,6 +249,7 @@ def _add_others() -> None:
     app.command()(compare)
     app.command()(policies)
     app.add_typer(precision_app, name="precision")
+    app.add_typer(reproduce_app, name="reproduce")
 
 
 _add_others()

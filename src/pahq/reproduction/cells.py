@@ -71,12 +71,16 @@ def on_truth(name: str, metrics: Mapping[str, str] | None = None, **common: Any)
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a grid. row: the method as tables name it; metric: its name; options: others of ``RunConfig``."""
+    """One run of a grid.
+
+    row: the method as tables name it; metric: its name; options: others of ``RunConfig``. streams: as ``discover``'s.
+    """
 
     setting: Setting
     row: str
     metric: str
     options: Mapping[str, Any]
+    streams: str | None = None
 
     @property
     def config(self) -> RunConfig:
@@ -128,7 +132,7 @@ class Grid:
                 _in_process_of_its_own(config, folder)
             else:
                 model, task = self._loaded(cell.setting, config)
-                execute(config, folder, model=model, task=task, watch=self.watch)
+                execute(config, folder, model=model, task=task, watch=self.watch, streams=cell.streams)
             return finished_run(folder)
         except (PahqError, OSError, RuntimeError, MemoryError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__

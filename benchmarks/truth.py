@@ -1,0 +1,160 @@
+"""Area under the ROC of every method on every model whose circuit is known, with the time it took.
+
+Models: the trained ones, and the compiled ones where tracr is installed. ACDC, its policies (``pahq`` decides as FP32
+would, ``pahq-values`` is the method as published, ``rtn`` rounds everything) are swept over --thresholds, a run and a
+point for each; the other methods are one run each, and every threshold of their ranking is a point.
+
+Figures are means over the trained models of the standard area (trapezoids) over edges; the table has the pessimistic
+area of the ACDC paper and both over nodes, too. A method's mean is a figure only if it ran on all trained models, at
+all thresholds; on which it failed, and why, is told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import finish, header, parser
+from pahq.errors import PahqError
+from pahq.evaluation.truth.base import truth_names
+from pahq.report.progress import Watch, watch_for
+from pahq.report.tables import Column, Row, decimals, number, screen
+from pahq.reproduction.auc import ROWS, check_rows, curve
+from pahq.reproduction.cells import Grid, Setting, on_truth
+
+TRAINED, ON_THE_HUB = "trained-", ("-gpt2", "-attn-only-4l")
+TARGETS = {"auc_acdc": 0.98, "auc_pahq": 0.98}
+"""At least this much."""
+QUICK = {"thresholds": "0.1,0.01", "n": 10, "steps": 20}
+COLUMNS = [
+    Column("setting", "model", left=True),
+    Column("method", "method", left=True),
+    Column("auc_edges", "AUC edges", decimals(3)),
+    Column("pessimistic_auc_edges", "pess.", decimals(3)),
+    Column("auc_nodes", "AUC nodes", decimals(3)),
+    Column("pessimistic_auc_nodes", "pess.", decimals(3)),
+    Column("runs", "runs"),
+    Column("seconds", "time s", number(3)),
+]
+
+
+def options() -> argparse.Namespace:
+    made = parser(__doc__)
+    made.formatter_class = argparse.RawDescriptionHelpFormatter
+    made.add_argument("--quick", action="store_true", help="the first trained model, few prompts and thresholds")
+    made.add_argument("--truths", help="known circuits by name, commas between (default: all that have a model)")
+    made.add_argument("--methods", default=",".join(ROWS), help="rows of the table (default: all)")
+    made.add_argument("--thresholds", default="1,0.3,0.1,0.03,0.01,0.003,0.001", help="of the sweeps (%(default)s)")
+    made.add_argument("--n", type=int, help="prompts (default: as the circuit's file says)")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--steps", type=int, help="of trained masks (default: the methods' own)")
+    made.add_argument("--ranking", choices=("absolute", "signed"), default="absolute", help="how scores rank edges")
+    made.add_argument("--runs", type=Path, help="keep the runs in this folder, and go on with those in there")
+    made.add_argument("--verbose", action="store_true", help="show each run's progress")
+    given = made.parse_args()
+    if given.quick:
+        for name, value in QUICK.items():
+            if getattr(given, name) == made.get_default(name):
+                setattr(given, name, value)
+    given.methods = given.methods.split(",")
+    try:
+        check_rows(given.methods)
+        given.thresholds = [float(word) for word in given.thresholds.split(",")]
+    except (PahqError, ValueError) as error:
+        made.error(str(error))
+    return given
+
+
+def settings(given: argparse.Namespace) -> tuple[list[Setting], dict[str, str]]:
+    """The models, and why others were left out: those found by hand, whose weights are on the hub, are not asked for."""
+    names = [name for name in truth_names() if not name.endswith(ON_THE_HUB)]
+    if given.truths is not None:
+        names = given.truths.split(",")
+    elif given.quick:
+        names = [name for name in names if name.startswith(TRAINED)][:1]
+    found, missing = list[Setting](), dict[str, str]()
+    common = {"seed": given.seed} | ({} if given.n is None else {"n": given.n})
+    for name in names:
+        try:
+            found.append(on_truth(name, **common))
+        except PahqError as error:
+            missing[name] = str(error)
+    return found, missing
+
+
+def measure(given: argparse.Namespace, grid: Grid, models: list[Setting]) -> tuple[list[Row], list[Row], list[Row]]:
+    """A row for each model and method, one for each run, and the curves."""
+    rows, runs, curves = list[Row](), list[Row](), list[Row]()
+    steps = {} if given.steps is None else {"steps": given.steps}
+    method_options = {name: steps for name in ("subnetwork-probing", "edge-pruning")}
+    for setting in models:
+        for method in given.methods:
+            (metric,) = setting.metrics.values()
+            summed, some = curve(
+                grid, setting, method, metric, given.thresholds, method_options, given.ranking == "absolute"
+            )
+            if summed is None:
+                continue
+            curves.append({"model": setting.name, "method": method, "points": summed.pop("points")})
+            rows.append(summed)
+            runs += some
+            print(
+                f"  {setting.name} {method}: AUC {summed['auc_edges']:.3f}, pessimistic "
+                f"{summed['pessimistic_auc_edges']:.3f}, {summed['seconds']:.1f} s",
+                flush=True,
+            )
+    return rows, runs, curves
+
+
+def means(rows: list[Row], models: list[Setting]) -> dict[str, float]:
+    """``auc_METHOD`` and ``seconds_METHOD`` of methods that ran on all trained models, at all thresholds."""
+    trained = {setting.name for setting in models if setting.name.startswith(TRAINED)}
+    figures: dict[str, float] = {}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method and row["setting"] in trained and not row["missing"]]
+        if mine and {row["setting"] for row in mine} == trained:
+            name = method.replace("-", "_")
+            figures[f"auc_{name}"] = statistics.fmean(row["auc_edges"] for row in mine)
+            figures[f"auc_nodes_{name}"] = statistics.fmean(row["auc_nodes"] for row in mine)
+            figures[f"pessimistic_auc_{name}"] = statistics.fmean(row["pessimistic_auc_edges"] for row in mine)
+            figures[f"seconds_{name}"] = statistics.fmean(row["seconds"] for row in mine)
+    return figures
+
+
+def main() -> None:
+    from rich.console import Console
+
+    given, facts = options(), header()
+    models, missing = settings(given)
+    print(f"models: {', '.join(setting.name for setting in models)}")
+    for name, reason in missing.items():
+        print(f"left out: {name}: {reason}")
+    with tempfile.TemporaryDirectory() as folder:
+        grid = Grid(given.runs or Path(folder), watch_for() if given.verbose else Watch())
+        rows, runs, curves = measure(given, grid, models)
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(highlight=False, width=120)
+    console.print(screen(rows, COLUMNS))
+    for cell, reason in grid.failures.items():
+        print(f"failed: {cell}: {reason}")
+    figures = means(rows, models)
+    for name, least in TARGETS.items():
+        if name in figures:
+            print(f"{name}: {figures[name]:.4f}, target >= {least}: {'met' if figures[name] >= least else 'missed'}")
+    details: dict[str, Any] = {
+        "options": {key: str(value) for key, value in vars(given).items()},
+        "models": [setting.name for setting in models],
+        "left_out": missing,
+        "table": rows,
+        "runs": runs,
+        "curves": curves,
+        "failures": grid.failures,
+    }
+    finish(given.out, facts, figures, details)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""``pahq reproduce``: the published comparison, run again and put beside what was published."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pahq.report.tables import Column, Row
+
+WIDE = 160
+"""Columns of a table where no terminal limits it."""
+
+reproduce_app = typer.Typer(
+    help="Run the published comparison again: its tables and figures, measured beside published.", no_args_is_help=True
+)
+
+Offline = Annotated[
+    bool, typer.Option("--offline", help="Take stand-ins that come with pahq, not the paper's models from the hub.")
+]
+Quick = Annotated[bool, typer.Option("--quick", help="A small grid, to see that all works.")]
+Number = Annotated[int | None, typer.Option("--n", "-n", help="Number of prompts (default: the paper's).")]
+Seed = Annotated[int, typer.Option(help="Seed that draws the prompts.")]
+Thresholds = Annotated[
+    str | None,
+    typer.Option(help="pahq (0.001, 0.005, 0.01), acdc (its 21 or 31) or numbers such as 0.1,0.01."),
+]
+Methods = Annotated[str | None, typer.Option(help="Rows, such as acdc,pahq,rtn,eap (default: the paper's).")]
+Model = Annotated[str | None, typer.Option(help="In place of gpt2 (offline: smollm2-135m).")]
+Task = Annotated[str | None, typer.Option(help="In place of ioi.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, …")]
+Out = Annotated[str | None, typer.Option(help="Folder of runs, JSON and CSV (default: runs/NAME). Finished runs stay.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors (and --json's output).")]
+Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON on standard output.")]
+
+
+@reproduce_app.command()
+def table_auc(
+    offline: Offline = False,
+    quick: Quick = False,
+    tasks: Annotated[str | None, typer.Option(help="Any of docstring,greaterthan,ioi (default: all).")] = None,
+    truths: Annotated[
+        str | None, typer.Option(help="With --offline: known circuits with a model (default: all trained ones).")
+    ] = None,
+    metrics: Annotated[str, typer.Option(help="kl, task, or both.")] = "kl,task",
+    methods: Methods = None,
+    thresholds: Thresholds = None,
+    n: Number = None,
+    seed: Seed = 0,
+    steps: Annotated[int | None, typer.Option(help="Steps of trained masks (default: the methods' own).")] = None,
+    device: Device = "cpu",
+    out: Out = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """AUC of every method against the known circuits, by task and metric."""
+    options = _words(locals(), ("tasks", "truths", "metrics", "methods"))
+    options["kinds"] = options.pop("metrics")
+
+    def run(how: Any, **rest: Any) -> Row:
+        from pahq.reproduction.tables import table_auc
+
+        return table_auc(how=how, **rest)
+
+    _finish("table-auc", options, run, out, quiet, as_json)
+
+
+@reproduce_app.command()
+def table_runtime(
+    offline: Offline = False,
+    quick: Quick = False,
+    model: Model = None,
+    task: Task = None,
+    thresholds: Annotated[str | None, typer.Option(help="One threshold (default: 0.01, offline 0.05).")] = None,
+    n: Number = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    one_process: Annotated[
+        bool, typer.Option("--one-process", help="All runs in this process: peak memory then adds up.")
+    ] = False,
+    out: Out = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Minutes and memory of ACDC and PAHQ on IOI."""
+    options = _words({k: v for k, v in locals().items() if k != "one_process"}, ())
+
+    def run(how: Any, **rest: Any) -> Row:
+        from pahq.reproduction.tables import table_runtime
+
+        return table_runtime(how=how, separate=not one_process, **rest)
+
+    _finish("table-runtime", options, run, out, quiet, as_json)
+
+
+@reproduce_app.command()
+def table_ablation(
+    offline: Offline = False,
+    quick: Quick = False,
+    model: Model = None,
+    task: Task = None,
+    thresholds: Annotated[str | None, typer.Option(help="One threshold of the engine's runs, on a GPU.")] = None,
+    n: Number = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    out: Out = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """What each of the three streams gains: measured on a GPU, modelled elsewhere."""
+    options = _words(locals(), ())
+
+    def run(how: Any, **rest: Any) -> Row:
+        from pahq.reproduction.ablation import table_ablation
+
+        return table_ablation(how=how, **rest)
+
+    _finish("table-ablation", options, run, out, quiet, as_json)
+
+
+@reproduce_app.command()
+def figure_rtn(
+    offline: Offline = False,
+    quick: Quick = False,
+    model: Model = None,
+    task: Task = None,
+    methods: Annotated[str | None, typer.Option(help="Any of acdc,pahq,pahq-values,rtn (default: all).")] = None,
+    thresholds: Thresholds = None,
+    n: Number = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    out: Out = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """What rounding everything does to FP32's circuit: edges kept, AUC, effects that are exactly zero."""
+    options = _words(locals(), ("methods",))
+
+    def run(how: Any, **rest: Any) -> Row:
+        from pahq.reproduction.tables import figure_rtn
+
+        return figure_rtn(how=how, **rest)
+
+    _finish("figure-rtn", options, run, out, quiet, as_json)
+
+
+@reproduce_app.command()
+def gpt2_ioi(
+    quick: Quick = False,
+    model: Model = None,
+    task: Task = None,
+    thresholds: Annotated[str | None, typer.Option(help="Any of 0.0251,0.01,0.001,0.0001 (default: all).")] = None,
+    n: Number = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    out: Out = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Sizes and KL of GPT-2's IOI circuits beside ACDC's published ones; exit code 1 where one lies outside."""
+    options = _words(locals(), ())
+
+    def run(how: Any, **rest: Any) -> Row:
+        from pahq.reproduction.tables import gpt2_ioi
+
+        return gpt2_ioi(how=how, **rest)
+
+    record = _finish("gpt2-ioi", options, run, out, quiet, as_json)
+    if any(row["within"] is False for row in record["rows"]):
+        raise typer.Exit(1)
+
+
+def _words(given: dict[str, Any], lists: tuple[str, ...]) -> dict[str, Any]:
+    """The options of a grid among a command's arguments; those of ``lists`` as tuples of words."""
+    kept = {name: value for name, value in given.items() if name not in ("out", "quiet", "as_json")}
+    for name in lists:
+        if kept[name] is None:
+            kept.pop(name)
+        else:
+            kept[name] = tuple(word for word in kept[name].split(",") if word)
+    return kept
+
+
+def _finish(
+    name: str, options: dict[str, Any], run: Callable[..., Row], out: str | None, quiet: bool, as_json: bool
+) -> Row:
+    """Runs, prints, names the folder. Ctrl-C leaves the finished runs, with which the same command goes on."""
+    from pahq.report.progress import watch_for
+    from pahq.report.tables import as_json as plain
+    from pahq.reproduction.settings import GridOptions
+
+    folder = f"runs/{name}" if out is None else out
+    watch, command = watch_for(quiet=quiet), shlex.join(["pahq", *sys.argv[1:]])
+    try:
+        record = run(GridOptions(**options), out=folder, watch=watch, command=command)
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on with the runs in {folder}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(plain(record), indent=1))
+    elif not quiet:
+        _show(record)
+        print(f"written: {folder}")
+    return record
+
+
+def _show(record: Row) -> None:
+    from rich.console import Console
+
+    from pahq.report.tables import Column, decimals, mebibytes, number, screen
+
+    def size(value: int | None) -> str:
+        return "–" if value is None else mebibytes(value)
+
+    def share(value: float | None) -> str:
+        return "–" if value is None else f"{100 * value:.1f} %"
+
+    three, two, digits = decimals(3), decimals(2), number(3)
+    shows: dict[str, Callable[[Any], str]] = {"minutes": two, "share_of_acdc": two, "paper_share": two}
+    shows |= {"ms_per_test": digits, "threshold": number(4), "test_kl": three, "ms_per_edge": three, "times_all": two}
+    shows |= {"paper_times_all": two, "engine_minutes": two, "seconds": digits, "zero_effects": share}
+    shows |= dict.fromkeys(("weight_bytes", "host_bytes", "device_bytes"), size)
+    shows |= dict.fromkeys(("kept_of_fp32", "precision", "same_decisions"), share)
+    shows |= {"rank_correlation": three, "paper_memory_share": two}
+
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(highlight=False, width=WIDE)
+    for part in ("rows", "auc"):
+        rows = record.get(part)
+        if rows:
+            columns = [_column(key, shows.get(key, three if "auc" in key else None), Column) for key in rows[0]]
+            console.print(screen(rows, columns))
+    for cell, reason in record["failures"].items():
+        console.print(f"failed: {cell}: {reason}", markup=False)
+    about = record.get("about", {})
+    if about:
+        console.print(", ".join(f"{key} {value}" for key, value in about.items() if key in _TOLD), markup=False)
+    if "tolerance" in record:
+        tolerance = record["tolerance"]
+        console.print(f"within: {tolerance['edges']:.0%} of the edges and {tolerance['kl']:.0%} of the KL published")
+    console.print(record["paper"], markup=False)
+
+
+_TOLD = ("model", "task", "threshold", "reference_threshold", "how", "batch", "tokens", "edges")
+
+
+def _column(key: str, show: Callable[[Any], str] | None, make: type[Column]) -> Column:
+    title = key.replace("_bytes", ", MiB").replace("pessimistic", "pess.").replace("_", " ").replace("auc", "AUC")
+    if show is None or key == "paper_auc_edges":  # words, or figures as they are
+        return make(key, title, left=key in ("setting", "method", "metric", "streams"))
+    return make(key, title, show)
