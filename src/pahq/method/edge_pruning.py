@@ -3,7 +3,9 @@
     loss = (metric - full model's metric) / range + m1 * (target - sparsity) + m2 * (target - sparsity)^2
 
 where sparsity is the expected share of closed gates. The multipliers m1 and m2 rise along their own gradients until
-the target is met; the target itself rises from the initial sparsity over the first part of training.
+the target is met; the target itself rises from the initial sparsity over the first part of training. In the second
+part all learning rates fall to 0 in a straight line: multipliers that kept rising would overshoot, and a circuit once
+shut altogether has no gradient to come back by.
 
 With gates on nodes as well (``nodes``), an edge is open where its own gate and its sender's are.
 """
@@ -42,7 +44,7 @@ class EdgePruningOptions:
 
     sparsity: float = 0.95
     steps: int = 400
-    warmup: float = 0.7
+    warmup: float = 0.6
     lr: float = 0.1
     multiplier_lr: float = 1.0
     start: Start = "none"
@@ -114,6 +116,10 @@ class EdgeMask:
     def penalty(self, step: int) -> Tensor:
         gap = self.target(step) - (1 - self.open_probability().mean())
         return self.multipliers[0] * gap + self.multipliers[1] * gap.square()
+
+    def rate(self, step: int) -> float:
+        left = self.options.steps - step
+        return min(1.0, left / max(1.0, self.options.steps * (1 - self.options.warmup)))
 
 
 class _Before(NoWork):

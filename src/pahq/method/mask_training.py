@@ -46,6 +46,10 @@ class Mask(Protocol):
         """What is added to the metric at a step, a differentiable scalar."""
         ...
 
+    def rate(self, step: int) -> float:
+        """The factor on all learning rates at a step."""
+        ...
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -102,6 +106,7 @@ class Training:
         self._optimizer = torch.optim.Adam(
             [{"params": list(one.tensors.values()), "lr": one.lr, "maximize": one.rises} for one in groups]
         )
+        self._rates = [one.lr for one in groups]
         self._draw = torch.Generator().manual_seed(self.setting.problem.seed)
         done = self._load()
         if done is None:
@@ -120,6 +125,8 @@ class Training:
         gates = self.mask.gates(self._draw)
         _, slope = examples.gradient(gates.detach().to(examples.ones()))
         penalty = self.mask.penalty(step)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self.mask.rate(step)
         self._optimizer.zero_grad()
         torch.autograd.backward([gates, penalty], [slope.to(gates) / self.setting.range, torch.ones_like(penalty)])
         self._optimizer.step()

@@ -87,6 +87,9 @@ class NodeMask:
     def penalty(self, step: int) -> Tensor:
         return self.options.regularisation * hard_concrete.open_probability(self.log_alpha).mean()
 
+    def rate(self, step: int) -> float:
+        return 1.0
+
     def scores(self) -> np.ndarray:
         """Chance that an edge's less open end is open: float64 [R, S + 1], 0 where there is no edge."""
         graph = self.graph
