@@ -49,5 +49,5 @@ CASES = {
     "duplicate": Case(n_layers=2, d_model=32, d_mlp=64, steps=1500),
     "induction": Case(n_layers=3, d_model=48, d_mlp=96, steps=1500, alone=0.4),
     "maximum": Case(n_layers=2, d_model=32, d_mlp=64, steps=1500),
-    "ioi": Case(n_layers=6, d_model=48, d_mlp=96, steps=1500, batch=96, alone=0.45),
+    "ioi": Case(n_layers=6, d_model=48, d_mlp=96, steps=1000, batch=64, alone=0.5),
 }

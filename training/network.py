@@ -21,26 +21,28 @@ KINDS: tuple[ReceiverKind, ...] = ("q", "k", "v")
 class Pass:
     """One pass over B prompts of T tokens.
 
-    logits [B, V] at the last position. written: what all senders write [B, senders, T, d]. read: the residual streams
+    logits [B, V] at the last position. written: what senders write, in the graph's order: the embedding [B, 1, T, d],
+    then each layer's heads [B, H, T, d] and MLP [B, 1, T, d]. read: the residual streams
     [B, T, d] before each layer's attention, each MLP and the unembedding, in this order layer by layer. computed: q, k
     and v [B, H, T, dh] of each layer.
     """
 
     logits: Tensor
-    written: Tensor
+    written: list[Tensor]
     read: list[Tensor]
     computed: list[dict[str, Tensor]]
 
     def of(self, rows: Tensor) -> Pass:
         """The pass of other examples in the same batch: rows int64 [B]."""
         computed = [{which: value[rows] for which, value in layer.items()} for layer in self.computed]
-        return Pass(self.logits[rows], self.written[rows], [value[rows] for value in self.read], computed)
+        read, written = ([value[rows] for value in values] for values in (self.read, self.written))
+        return Pass(self.logits[rows], written, read, computed)
 
     def mean(self) -> Pass:
         """The mean over examples, position by position: a batch of one."""
         computed = [{which: value.mean(0, keepdim=True) for which, value in layer.items()} for layer in self.computed]
-        read = [value.mean(0, keepdim=True) for value in self.read]
-        return Pass(self.logits.mean(0, keepdim=True), self.written.mean(0, keepdim=True), read, computed)
+        read, written = ([value.mean(0, keepdim=True) for value in values] for values in (self.read, self.written))
+        return Pass(self.logits.mean(0, keepdim=True), written, read, computed)
 
 
 class Network:
@@ -70,23 +72,19 @@ class Network:
             """What the receivers of one kind read: [B, count, T, d] (1 for all where no gate tells them apart)."""
             if gates is None or other is None:
                 return stream[:, None]
-            first, at = self.graph.receiver_index[Receiver(kind, layer)], 0
-            total = other.read[len(read)][:, None].flatten(2)
-            while len(changes) < len(written):  # each part once, never copied together: that takes longer than to add
-                start = sum(part.shape[1] for part in written[: len(changes)])
-                part = written[len(changes)]
-                changes.append((part - other.written[:, start : start + part.shape[1]]).flatten(2))
-            for change in changes:
-                total = total + gates[:, first : first + count, at : at + change.shape[1]] @ change
-                at += change.shape[1]
-            return total.unflatten(2, stream.shape[1:])
+            for part, then in zip(written[len(changes) :], other.written[len(changes) :], strict=False):
+                changes.append((part - then).flatten(2))
+            change = torch.cat(changes, dim=1)
+            first = self.graph.receiver_index[Receiver(kind, layer)]
+            present = gates[:, first : first + count, : change.shape[1]]
+            return other.read[len(read)][:, None] + (present @ change).unflatten(2, stream.shape[1:])
 
         for layer in range(cfg.n_layers):
             at = f"blocks.{layer}"
             values: dict[str, Tensor] = {}
             x = self._norm(inputs("q", layer, 3 * cfg.n_heads), f"{at}.ln1")  # rows of q, then k, then v
             for kind, part in zip(KINDS, x.chunk(3, dim=1) if x.shape[1] > 1 else (x, x, x), strict=True):
-                value = part @ w[f"{at}.attn.W_{kind.upper()}"] + w[f"{at}.attn.b_{kind.upper()}"][:, None]
+                value = _heads(part, w[f"{at}.attn.W_{kind.upper()}"]) + w[f"{at}.attn.b_{kind.upper()}"][:, None]
                 if gates is not None and other is not None:
                     first = self.graph.receiver_index[Receiver(kind, layer)]
                     direct = gates[:, first : first + cfg.n_heads, self.graph.direct, None, None]
@@ -96,7 +94,7 @@ class Network:
             read.append(stream)
             scores = values["q"] @ values["k"].transpose(-1, -2) * cfg.scale
             scores = scores.masked_fill(~self.allowed[: tokens.shape[1], : tokens.shape[1]], float("-inf"))
-            heads = torch.softmax(scores, dim=-1) @ values["v"] @ w[f"{at}.attn.W_O"]
+            heads = _heads(torch.softmax(scores, dim=-1) @ values["v"], w[f"{at}.attn.W_O"])
             written.append(heads)
             stream = stream + heads.sum(1) + w[f"{at}.attn.b_O"]
             x = self._norm(inputs("mlp", layer, 1)[:, 0], f"{at}.ln2")
@@ -108,10 +106,17 @@ class Network:
         final = inputs("logits", cfg.n_layers, 1)[:, 0, -1]
         read.append(stream)
         logits = self._norm(final, "ln_final") @ w["unembed.W_U"] + w["unembed.b_U"]
-        return Pass(logits, torch.cat(written, dim=1), read, computed)
+        return Pass(logits, written, read, computed)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self.weights[f"{name}.w"], self.weights[f"{name}.b"], self.config.norm_eps)
+
+
+def _heads(x: Tensor, weight: Tensor) -> Tensor:
+    """x [B, H, T, i] or [B, 1, T, i], weight [H, i, o] -> [B, H, T, o]: one product a head, not one an example."""
+    if x.shape[1] == 1:
+        return torch.einsum("bti,hio->bhto", x[:, 0], weight)
+    return torch.einsum("bhti,hio->bhto", x, weight)
 
 
 def _start(name: str, shape: tuple[int, ...], config: ModelConfig, generator: torch.Generator) -> Tensor:

@@ -25,14 +25,20 @@ class Probes:
             for sender in values
         }
 
-    def loss(self, tokens: Tensor, written: Tensor) -> Tensor:
-        """Sum of the probes' mean cross-entropies. tokens [B, T]; written [B, senders, T, d]."""
+    def loss(self, tokens: Tensor, parts: list[Tensor]) -> Tensor:
+        """Sum of the probes' cross-entropies, all values of a variable counting alike.
+
+        tokens [B, T]; parts: what senders write, [B, some, T, d] each.
+        """
+        written = torch.cat(parts, dim=1)
         total = written.new_zeros(())
         for sender, value in _variables(self.program, tokens).items():
             at = written[:, self.columns[sender]]
             at = at if value.ndim == 2 else at[:, -1]
             logits = at @ self.weights[sender]
-            total = total + torch.nn.functional.cross_entropy(logits.flatten(0, -2), value.long().flatten() + 1)
+            classes = value.long().flatten() + 1
+            rare = 1 / torch.bincount(classes, minlength=logits.shape[-1]).clamp(min=1)  # most positions have nothing
+            total = total + torch.nn.functional.cross_entropy(logits.flatten(0, -2), classes, weight=rare)
         return total
 
 
