@@ -69,7 +69,7 @@ def options() -> argparse.Namespace:
 
 
 def settings(given: argparse.Namespace) -> tuple[list[Setting], dict[str, str]]:
-    """The models, and why others were left out: those found by hand, whose weights are on the hub, are not asked for."""
+    """The models, and why others were left out. Those whose weights are on the hub alone are not asked for."""
     names = [name for name in truth_names() if not name.endswith(ON_THE_HUB)]
     if given.truths is not None:
         names = given.truths.split(",")
@@ -89,7 +89,7 @@ def measure(given: argparse.Namespace, grid: Grid, models: list[Setting]) -> tup
     """A row for each model and method, one for each run, and the curves."""
     rows, runs, curves = list[Row](), list[Row](), list[Row]()
     steps = {} if given.steps is None else {"steps": given.steps}
-    method_options = {name: steps for name in ("subnetwork-probing", "edge-pruning")}
+    method_options = dict.fromkeys(("subnetwork-probing", "edge-pruning"), steps)
     for setting in models:
         for method in given.methods:
             (metric,) = setting.metrics.values()
@@ -109,19 +109,16 @@ def measure(given: argparse.Namespace, grid: Grid, models: list[Setting]) -> tup
     return rows, runs, curves
 
 
-def means(rows: list[Row], models: list[Setting]) -> dict[str, float]:
-    """``auc_METHOD`` and ``seconds_METHOD`` of methods that ran on all trained models, at all thresholds."""
+def means(rows: list[Row], models: list[Setting]) -> dict[str, dict[str, float]]:
+    """column -> method -> its mean, of methods that ran on all trained models, at all thresholds."""
     trained = {setting.name for setting in models if setting.name.startswith(TRAINED)}
-    figures: dict[str, float] = {}
+    found: dict[str, dict[str, float]] = {column.key: {} for column in COLUMNS[2:]}
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == method and row["setting"] in trained and not row["missing"]]
         if mine and {row["setting"] for row in mine} == trained:
-            name = method.replace("-", "_")
-            figures[f"auc_{name}"] = statistics.fmean(row["auc_edges"] for row in mine)
-            figures[f"auc_nodes_{name}"] = statistics.fmean(row["auc_nodes"] for row in mine)
-            figures[f"pessimistic_auc_{name}"] = statistics.fmean(row["pessimistic_auc_edges"] for row in mine)
-            figures[f"seconds_{name}"] = statistics.fmean(row["seconds"] for row in mine)
-    return figures
+            for key, column in found.items():
+                column[method] = statistics.fmean(row[key] for row in mine)
+    return found
 
 
 def main() -> None:
@@ -140,7 +137,9 @@ def main() -> None:
     console.print(screen(rows, COLUMNS))
     for cell, reason in grid.failures.items():
         print(f"failed: {cell}: {reason}")
-    figures = means(rows, models)
+    average = means(rows, models)
+    figures = {f"auc_{method.replace('-', '_')}": value for method, value in average["auc_edges"].items()}
+    figures |= {f"seconds_{method.replace('-', '_')}": value for method, value in average["seconds"].items()}
     for name, least in TARGETS.items():
         if name in figures:
             print(f"{name}: {figures[name]:.4f}, target >= {least}: {'met' if figures[name] >= least else 'missed'}")
@@ -149,6 +148,7 @@ def main() -> None:
         "models": [setting.name for setting in models],
         "left_out": missing,
         "table": rows,
+        "means": average,
         "runs": runs,
         "curves": curves,
         "failures": grid.failures,

@@ -11,7 +11,7 @@ from typing import Any
 from pahq.errors import PahqError
 from pahq.evaluation.reference import Reference, areas
 from pahq.evaluation.truth.base import Truth
-from pahq.method.registry import SCORING
+from pahq.method.registry import SCORING, get_method
 from pahq.report.finished import FinishedRun
 from pahq.reproduction.cells import Cell, Grid, Setting
 
@@ -44,9 +44,13 @@ def cells_of(
     if row in SWEEPS:
         order = sorted(thresholds, reverse=True)
         return [Cell(setting, row, metric, {**SWEEPS[row], "threshold": float(t)}) for t in order]
-    size = {"edges": 100} if setting.known is None else {"edges": max(1, setting.known.n_edges)}
-    more = {"method": row, "method_options": dict(options.get(row, {})), **size}
-    return [Cell(setting, row, metric, more)]
+    chosen = dict(options.get(row, {}))
+    size: dict[str, Any] = {"threshold": 0.0}  # the circuit is no part of a ranking, but a run has one
+    if setting.known is not None:
+        size = {"edges": max(1, setting.known.n_edges)}
+    elif get_method(row).sets_threshold(chosen):
+        size = {}
+    return [Cell(setting, row, metric, {"method": row, "method_options": chosen, **size})]
 
 
 def curve(
