@@ -148,6 +148,7 @@ def draw(figure: Any, rows: list[Row], costs: list[Row]) -> None:
     """A panel for each task, a line for each method; time and memory stand beside its name."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure.set_size_inches(max(9.0, 5.0 * len(tasks)), 4.5)
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=True):
         for place, method in enumerate(methods):

@@ -28,6 +28,7 @@ class Reproduction:
 
     def __init__(self, path: str | os.PathLike[str], kind: str) -> None:
         self.path, self.kind, self.started = Path(path), kind, timestamp()
+        self._made = not self.path.exists()
         with naming(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             found = sorted(entry.name for entry in self.path.iterdir())
@@ -52,7 +53,14 @@ class Reproduction:
         failures = {} if grid is None else dict(grid.failures)
         if failures and not any(tables.values()):
             reason = next(iter(failures.values()))
-            raise PahqError(f"{self.kind}: none of the cells could be run; the first said: {reason}")
+            hint = (
+                ""
+                if record.get("options", {}).get("offline", True)
+                else " (--offline takes stand-ins, where there are)"
+            )
+            if self._made and not any(self.path.iterdir()):
+                self.path.rmdir()
+            raise PahqError(f"{self.kind}: none of the cells could be run; the first said: {reason}{hint}")
         found = {
             "format": FORMAT,
             "kind": self.kind,

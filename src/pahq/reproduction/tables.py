@@ -35,10 +35,11 @@ def table_auc(out: str | Path, how: GridOptions, watch: Watch, command: str | No
     """AUC of each method on each task and metric: the record, as in ``table-auc.json``. Raises PahqError."""
     rows_wanted = how.methods or (("acdc", "pahq", "rtn", "eap") if how.quick else PAPER_ROWS)
     check_rows(rows_wanted)
+    settings = how.settings()
     folder = Reproduction(out, "table-auc")
     grid = Grid(folder.path, watch)
     rows, runs, points = list[Row](), list[Row](), list[Row]()
-    for setting in how.settings():
+    for setting in settings:
         for kind in (kind for kind in how.kinds if kind in setting.metrics):
             metric = setting.metrics[kind]
             thresholds = how.sweep(setting.name, kind, (0.1, 0.01) if how.quick else paper.PAHQ_THRESHOLDS)
