@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import commands
 from commands import Pahq
 from pahq.cli.options import method_options
+from pahq.evaluation.circuit import Circuit
 from pahq.method.registry import METHODS, SCORING
 from pahq.report import machine
 from scored_runs import QUICK
@@ -92,6 +94,19 @@ def test_options_that_all_methods_share(pahq: Pahq, files: Path, tmp_path: Path)
     facts = json.loads(answer.out)
     assert facts["search"]["selection"]["rule"] == "greedy"
     assert facts["size"]["direct_total"] == 0
+
+
+def test_attribution_goes_by_size_unless_told_otherwise(pahq: Pahq, files: Path, tmp_path: Path) -> None:
+    masks = {}
+    for flag in ("", "--absolute", "--signed"):
+        out = tmp_path / (flag or "default")
+        words = options(files, method="eap", metric="logit_diff", edges=15)
+        assert pahq("discover", *words, *([flag] if flag else []), "-q", "--out", out).code == 0
+        config = json.loads((out / "run.json").read_text())["config"]
+        assert config["absolute"] is (flag != "--signed")
+        masks[flag] = Circuit.load(out).mask
+    assert np.array_equal(masks[""], masks["--absolute"])
+    assert not np.array_equal(masks[""], masks["--signed"])
 
 
 def test_the_folder_has_a_name_by_default(

@@ -75,7 +75,7 @@ def score(course: Course, model: Transformer, prompts: Prompts, task: Task) -> F
     c, graph = course.config, course.graph(model)
     _check_edges(c.edges, graph)
     scores, spent = scores_of(course, problem_of(course, model, prompts, task), c.method, course.options)
-    mask = select(scores, c.rule, c.edges, c.threshold, c.absolute)
+    mask = select(scores, c.rule, c.edges, c.threshold, bool(c.absolute))
     note = _shortfall(c, scores, int(mask.sum()))
     if note is not None:
         course.watch.say(f"note: {note}")
@@ -101,7 +101,7 @@ def _shortfall(c: RunConfig, scores: Scores, selected: int) -> str | None:
         return None if selected else "no path from the embeddings to the logits scores so high; the circuit is empty"
     if selected >= ENOUGH * c.edges:
         return None
-    larger = beyond(scores.graph, scores.values, c.rule, c.edges, c.absolute)
+    larger = beyond(scores.graph, scores.values, c.rule, c.edges, bool(c.absolute))
     what = f"{selected:,} edges are" if selected else "no edge is"
     mend = "" if c.absolute or not scores.signed else ", or absolute"
     return (
@@ -147,10 +147,10 @@ def prefilter(course: Course, model: Transformer, prompts: Prompts, task: Task, 
     assert c.prefilter is not None
     assert c.metric is not None
     scores, spent = scores_of(course, problem_of(course, model, prompts, task), c.prefilter, options)
-    keep = 1.0 if c.keep is None else c.keep
+    keep, by_size = 1.0 if c.keep is None else c.keep, get_method(c.prefilter).by_size or bool(c.absolute)
     start = graph.edges.copy()
     if keep < 1:
-        start = top(graph, scores.values, max(1, round(keep * graph.n_edges)), c.absolute)
+        start = top(graph, scores.values, max(1, round(keep * graph.n_edges)), by_size)
     if not start.any():
         raise PahqError(
             f"keep: no path from the embeddings to the logits lies within {keep:g} of the edges; keep more of them"
@@ -173,5 +173,5 @@ def prefilter(course: Course, model: Transformer, prompts: Prompts, task: Task, 
     }
     strength = None
     if c.order_by_score:
-        strength = np.abs(scores.values) if c.absolute else scores.values
+        strength = np.abs(scores.values) if by_size else scores.values
     return Prefiltered(start, strength, record)

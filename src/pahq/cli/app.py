@@ -90,7 +90,12 @@ def discover(
     n: Annotated[int, typer.Option("--n", "-n", help="Number of prompts.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed that draws the prompts.")] = 0,
     ablation: Annotated[str, typer.Option(help=_choice("ablation"))] = "resample",
-    absolute: Annotated[bool, typer.Option("--absolute", help="Compare |effect| with the threshold.")] = False,
+    absolute: Annotated[
+        bool | None,
+        typer.Option(
+            "--absolute/--signed", help="Go by |effect|, |score| (default: eap, eap-ig, exact) or signed ones."
+        ),
+    ] = None,
     head_order: Annotated[str, typer.Option(help=f"Heads as senders: {_choice('head_order')}.")] = "descending",
     sender_order: Annotated[str, typer.Option(help=f"Senders tested first: {_choice('sender_order')}.")] = "latest",
     split_qkv: Annotated[bool, typer.Option(help="Separate inputs for query, key and value.")] = True,
@@ -235,6 +240,7 @@ def _summary(circuit: Any, record: dict[str, Any], as_json: bool) -> None:
 
 
 def _add_others() -> None:
+    from pahq.cli.convert import convert
     from pahq.cli.evaluate import compare, evaluate
     from pahq.cli.methods import methods
     from pahq.cli.precision import policies, precision_app
@@ -247,6 +253,7 @@ def _add_others() -> None:
     app.command()(truth)
     app.command()(evaluate)
     app.command()(compare)
+    app.command()(convert)
     app.command()(policies)
     app.add_typer(precision_app, name="precision")
     app.add_typer(reproduce_app, name="reproduce")

@@ -22,7 +22,8 @@ class Method:
     """family: what it is akin to: ``sweep``, ``gradient``, ``measured``, ``trained``, ``flow`` or ``baseline``.
 
     natural: whether it sets a threshold of its own, so that neither a number of edges nor a threshold is needed;
-    natural_option: the option that makes it do so.
+    natural_option: the option that makes it do so. by_size: whether circuits of its scores go by their size unless
+    told otherwise (first-order scores of edges that help are often below 0: signed ones leave no path).
     """
 
     name: str
@@ -30,6 +31,7 @@ class Method:
     family: str
     natural: bool = False
     natural_option: str = ""
+    by_size: bool = False
 
     def sets_threshold(self, given: Mapping[str, Any]) -> bool:
         """Whether it sets a threshold with these options."""
@@ -92,9 +94,11 @@ def _fitted(method: str, name: str, value: Any, hint: Any) -> Any:
 
 _ALL = (
     Method("acdc", "greedy removal of edges, one by one (Conmy et al. 2023)", "sweep"),
-    Method("eap", "edge attribution patching: one gradient for all edges (Syed et al. 2023)", "gradient"),
-    Method("eap-ig", "the same with integrated gradients (Hanna et al. 2024)", "gradient"),
-    Method("exact", "each edge removed alone from the full model: what attribution approximates", "measured"),
+    Method("eap", "edge attribution patching: one gradient for all edges (Syed et al. 2023)", "gradient", by_size=True),
+    Method("eap-ig", "the same with integrated gradients (Hanna et al. 2024)", "gradient", by_size=True),
+    Method(
+        "exact", "each edge removed alone from the full model: what attribution approximates", "measured", by_size=True
+    ),
     Method("hisp", "importance of heads and MLPs by gradients, spread to edges (Michel et al. 2019)", "gradient"),
     Method("subnetwork-probing", "trained hard-concrete masks of nodes (Cao et al. 2021)", "trained", natural=True),
     Method("edge-pruning", "trained hard-concrete masks of edges (Bhaskar et al. 2024)", "trained", natural=True),

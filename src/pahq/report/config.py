@@ -38,6 +38,7 @@ class RunConfig:
         with a number of edges, else ``threshold``). method_options: options of the method, or of ``prefilter``'s.
     prefilter, keep, order_by_score: a method whose scores leave ACDC this share of the edges, and whether a receiver's
         senders are tested from the least score up.
+    absolute: go by the size of effects or scores, whatever their sign; None: as the method does (``by_size``).
     metric: None stands for the task's own metric.
     n, seed: number of prompts and the seed that draws them.
     task_options: options of the task itself, such as ``{"templates": 8}``; pad is short for one of them.
@@ -58,7 +59,7 @@ class RunConfig:
     n: int = 16
     seed: int = 0
     ablation: str = "resample"
-    absolute: bool = False
+    absolute: bool | None = None
     head_order: str = "descending"
     sender_order: str = "latest"
     split_qkv: bool = True
@@ -100,6 +101,7 @@ class RunConfig:
                 raise PahqError(f"{option}: '{value}' is unknown; known: {', '.join(allowed)}")
         for option, value, known in (
             ("exact", self.exact, (bool, type(None))),
+            ("absolute", self.absolute, (bool, type(None))),
             ("check", self.check, (bool,)),
             ("order_by_score", self.order_by_score, (bool,)),
             ("policy", self.policy, (str,)),
@@ -107,6 +109,8 @@ class RunConfig:
             if not isinstance(value, known):
                 mend = "a name, a table or a file" if option == "policy" else "True or False"
                 raise PahqError(f"{option}: {value!r} is a {type(value).__name__}; give {mend}")
+        if self.absolute is None:  # so that records say what was done
+            object.__setattr__(self, "absolute", get_method(self.method).by_size)
         if get_method(self.method).scores_edges:
             self._check_scoring()
         else:
