@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,12 +38,17 @@ def options(files: Path, **more: object) -> list[object]:
 
 
 def test_help_comes_at_once() -> None:
-    """Under half a second, the best of five: other work on the machine is not what is measured."""
+    """Under half a second of work, the best of five: what else goes on on the machine is not what is measured."""
+
+    def spent() -> float:
+        now = os.times()
+        return now.children_user + now.children_system
+
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = spent()
         done = subprocess.run([sys.executable, "-m", "pahq", "--help"], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(spent() - start)
         for command in ("discover", "resume", "show", "tasks"):
             assert f"\n  {command} " in done.stdout
     assert min(seconds) < 0.5, seconds
