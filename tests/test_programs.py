@@ -23,8 +23,6 @@ def by_hand(name: str, row: list[int]) -> int:
         return (row[1] + row[3]) % 10
     if name == "majority":
         return int(row.count(1) > row.count(0))
-    if name == "duplicate":
-        return 18 if row[-1] in row[:-1] else 17
     if name == "induction":
         return row[row.index(row[-1]) + 1]
     if name == "maximum":
@@ -88,13 +86,14 @@ def test_interchange_by_hand() -> None:
     numbers = ([1, 9, 2, 3, 4, 5, 6, 16], [7, 8, 10, 3, 4, 5, 6, 16])
     assert moved("maximum", *numbers, "embed->a1.2.k") == 2
     assert moved("maximum", *numbers, "embed->a1.2.v") == 8
-    told = ([20, 3, 20, 20, 5, 20, 20, 3, 20, 20, 20, 31], [20, 20, 6, 20, 7, 20, 20, 7, 20, 20, 20, 31])
+    told = ([20, 20, 3, 20, 5, 20, 20, 3, 20, 20, 20, 31], [20, 20, 6, 20, 7, 20, 20, 20, 7, 20, 20, 31])
     assert moved("ioi", *told) == 5
     assert moved("ioi", *told, "a2.2->a4.0.q") == 3  # there the second name comes again: take the first
     assert moved("ioi", *told, "embed->a4.0.v") == 7
     assert moved("ioi", *told, "embed->a0.1.q") is None  # nothing comes again
     assert moved("ioi", *told, "embed->a0.1.q", "embed->a0.1.k") == 3
-    assert moved("ioi", *told, "embed->a4.0.k") == 5  # the second name stands where it does here
+    assert moved("ioi", *told, "a0.1->a2.2.k") is None  # looks where nothing is
+    assert moved("ioi", *told, "a0.1->a2.2.k", "a0.1->a2.2.v") == 3
 
 
 def test_majority_of_an_intervened_tie_is_open() -> None:

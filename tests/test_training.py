@@ -90,7 +90,7 @@ def test_gradients_flow_through_both_runs() -> None:
 
 
 def short(folder: Path, *options: str) -> dict:
-    command = [sys.executable, str(TRAINING / "siit.py"), "duplicate", "--steps", "4", "--out", str(folder), *options]
+    command = [sys.executable, str(TRAINING / "siit.py"), "maximum", "--steps", "4", "--out", str(folder), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "truth.json").read_text())

@@ -14,6 +14,7 @@ class Case:
     batch: prompts a step, in pairs that serve as each other's source. decay: AdamW's weight decay, which quiets parts
     that the program does not use. alone: share of the training at its start in which all edges outside the circuit
     carry means over the batch, and probes hold its nodes to the program's variables: else other ways are found sooner.
+    alike: (layer, head) whose keys begin as its queries do.
     """
 
     n_layers: int
@@ -24,6 +25,7 @@ class Case:
     rate: float = 3e-3
     decay: float = 0.1
     alone: float = 0.3
+    alike: tuple[tuple[int, int], ...] = ()
     seed: int = 0
 
     def config(self, name: str, d_vocab: int, length: int) -> ModelConfig:
@@ -46,8 +48,7 @@ class Case:
 CASES = {
     "sum": Case(n_layers=2, d_model=32, d_mlp=128, steps=1000),
     "majority": Case(n_layers=3, d_model=32, d_mlp=64, steps=1200),
-    "duplicate": Case(n_layers=2, d_model=32, d_mlp=64, steps=1500),
     "induction": Case(n_layers=3, d_model=48, d_mlp=96, steps=1500, alone=0.4),
     "maximum": Case(n_layers=2, d_model=32, d_mlp=64, steps=1500),
-    "ioi": Case(n_layers=6, d_model=48, d_mlp=96, steps=1000, batch=64, alone=0.5),
+    "ioi": Case(n_layers=6, d_model=48, d_mlp=96, steps=1000, batch=64, alone=0.42, alike=((0, 1),)),
 }

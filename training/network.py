@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -48,11 +49,15 @@ class Pass:
 class Network:
     """Weights that are trained, and passes through them. Learned positions, LayerNorm, MLPs without a gate."""
 
-    def __init__(self, config: ModelConfig, generator: torch.Generator) -> None:
+    def __init__(self, config: ModelConfig, generator: torch.Generator, alike: Iterable[tuple[int, int]] = ()) -> None:
+        """alike: (layer, head) whose keys begin as its queries do, so that it starts by looking for like tokens."""
         self.config, self.graph = config, Graph(config)
         self.weights = {
             name: _start(name, shape, config, generator).requires_grad_() for name, (shape, _) in shapes(config).items()
         }
+        for layer, head in alike:
+            at = f"blocks.{layer}.attn.W_"
+            self.weights[f"{at}K"].data[head] = self.weights[f"{at}Q"].data[head]
         self.allowed = torch.ones(config.n_ctx, config.n_ctx, dtype=torch.bool).tril()
 
     def run(self, tokens: Tensor, gates: Tensor | None = None, other: Pass | None = None) -> Pass:

@@ -25,21 +25,21 @@ class Probes:
             for sender in values
         }
 
-    def loss(self, tokens: Tensor, parts: list[Tensor]) -> Tensor:
-        """Sum of the probes' cross-entropies, all values of a variable counting alike.
+    def losses(self, tokens: Tensor, parts: list[Tensor]) -> dict[str, Tensor]:
+        """Every probe's cross-entropy by its node, all values of the variable counting alike.
 
         tokens [B, T]; parts: what senders write, [B, some, T, d] each.
         """
         written = torch.cat(parts, dim=1)
-        total = written.new_zeros(())
+        found: dict[str, Tensor] = {}
         for sender, value in _variables(self.program, tokens).items():
             at = written[:, self.columns[sender]]
             at = at if value.ndim == 2 else at[:, -1]
             logits = at @ self.weights[sender]
             classes = value.long().flatten() + 1
             rare = 1 / torch.bincount(classes, minlength=logits.shape[-1]).clamp(min=1)  # most positions have nothing
-            total = total + torch.nn.functional.cross_entropy(logits.flatten(0, -2), classes, weight=rare)
-        return total
+            found[sender] = torch.nn.functional.cross_entropy(logits.flatten(0, -2), classes, weight=rare)
+        return found
 
 
 def _variables(program: Program, tokens: Tensor) -> dict[str, Tensor]:

@@ -17,7 +17,6 @@ One command a case, some minutes on one core each; same seed, same torch and one
 
     OMP_NUM_THREADS=1 python training/siit.py sum
     OMP_NUM_THREADS=1 python training/siit.py majority
-    OMP_NUM_THREADS=1 python training/siit.py duplicate
     OMP_NUM_THREADS=1 python training/siit.py induction
     OMP_NUM_THREADS=1 python training/siit.py maximum
     OMP_NUM_THREADS=1 python training/siit.py ioi
@@ -99,7 +98,7 @@ class Interventor:
 def train(program: Program, case: Case) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """Trained weights by name, and a row of losses and accuracies every 50 steps."""
     generator = torch.Generator().manual_seed(case.seed)
-    network = Network(case.config(program.name, program.d_vocab, program.length), generator)
+    network = Network(case.config(program.name, program.d_vocab, program.length), generator, case.alike)
     interventor = Interventor(network.graph, program.edges(), generator)
     columns = {sender.name: at for at, sender in enumerate(network.graph.senders)}
     probes = Probes(program, columns, case.d_model, generator)
@@ -121,7 +120,8 @@ def train(program: Program, case: Case) -> tuple[dict[str, Tensor], list[dict[st
         moved = interchanged(program, tokens, tokens[partner], drawn.swapped)
         loss_task, loss_patched = _loss(plain.logits, right), _loss(patched.logits, moved)
         optimizer.zero_grad(set_to_none=True)
-        (loss_patched + (probes.loss(tokens, patched.written) if alone else loss_task)).backward()
+        held = probes.losses(tokens, patched.written) if alone else {}
+        (loss_patched + (torch.stack(list(held.values())).sum() if alone else loss_task)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
@@ -137,7 +137,8 @@ def train(program: Program, case: Case) -> tuple[dict[str, Tensor], list[dict[st
                 _correct(patched.logits, swapped),
             )
             rows.append(dict(zip(COLUMNS, figures, strict=True)))
-            print("  ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
+            shown = rows[-1] | {f"probe {node}": loss.item() for node, loss in held.items()}
+            print("  ".join(f"{name} {value:.4g}" for name, value in shown.items()), flush=True)
     return {name: weight.detach().contiguous() for name, weight in network.weights.items()}, rows
 
 

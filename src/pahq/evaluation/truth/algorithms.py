@@ -1,4 +1,4 @@
-"""Five small algorithms placed in heads and MLPs: sum, majority, duplicate, induction, maximum."""
+"""Four small algorithms placed in heads and MLPs: sum, majority, induction, maximum."""
 
 from __future__ import annotations
 
@@ -54,29 +54,6 @@ class Majority(Program):
         target = certain((more + 1) // 2, self.d_vocab)
         target.probabilities[more == 0, :2] = 0.5
         return target
-
-
-class Duplicate(Program):
-    """Has the last token come before? A head says where its like is, an MLP whether that is anywhere."""
-
-    name = "duplicate"
-    about = "whether the last token has come before: a head looks for its like, an MLP answers"
-    d_vocab = 19
-    length = 10
-    start, no, yes = 16, 17, 18
-
-    def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        tokens = torch.cat((torch.full((n, 1), self.start), distinct(n, self.length - 1, 16, generator)), dim=1)
-        where = torch.randint(1, self.length - 1, (n,), generator=generator)
-        again = tokens[torch.arange(n), where]
-        tokens[:, -1] = torch.where(torch.rand(n, generator=generator) < 0.5, again, tokens[:, -1])
-        return tokens
-
-    def solve(self, tokens: Tensor, wire: Wire) -> Target:
-        sought = read(wire, "embed", "a0.0.q", tokens[:, -1])
-        there = read(wire, "embed", "a0.0.k", tokens)[:, :-1]
-        where = wire("a0.0->m1", (there == sought[:, None]).long().argmax(1))  # 0, where the start is, if nowhere
-        return certain(wire("m1->logits", torch.where(where > 0, self.yes, self.no)), self.d_vocab)
 
 
 class Induction(Program):

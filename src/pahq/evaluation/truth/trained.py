@@ -27,7 +27,6 @@ PREFIX = "trained-"
 PROGRAMS = {
     "sum": ("algorithms", "Sum"),
     "majority": ("algorithms", "Majority"),
-    "duplicate": ("algorithms", "Duplicate"),
     "induction": ("algorithms", "Induction"),
     "maximum": ("algorithms", "Maximum"),
     "ioi": ("indirect_object", "IndirectObject"),
