@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from pahq.evaluation.circuit import Circuit
     from pahq.model import load_model
     from pahq.task import get_task, list_tasks
+    from pahq.viewing import view
 
-__all__ = ["Circuit", "PahqError", "compare", "discover", "evaluate", "get_task", "list_tasks", "load_model"]
+__all__ = ["Circuit", "PahqError", "compare", "discover", "evaluate", "get_task", "list_tasks", "load_model", "view"]
 
 _HOMES = {
     "discover": "pahq.api",
     "evaluate": "pahq.assessment",
     "compare": "pahq.assessment",
+    "view": "pahq.viewing",
     "Circuit": "pahq.evaluation.circuit",
     "load_model": "pahq.model",
     "get_task": "pahq.task",

@@ -37,6 +37,7 @@ from pahq.scoring import prefilter, score
 from pahq.sweeping import sweep
 from pahq.task import Task, get_task
 from pahq.task.prompts import Prompts
+from pahq.viewing import write_viewer
 
 
 class Outcome(NamedTuple):
@@ -56,6 +57,7 @@ def discover(
     progress: bool = False,
     streams: str | None = None,
     trace: str | PathLike[str] | None = None,
+    view: bool = True,
     **options: Any,
 ) -> Circuit:
     """Finds a circuit and returns it.
@@ -67,7 +69,7 @@ def discover(
     out: folder for the run's files; a run that was cut short there goes on, a finished one is loaded.
     progress: show a bar (or a line now and then) on standard error.
     streams: those of ``load,low,high`` to use, or ``none``; trace: a file for what was done on them, in Chrome's
-        format. The circuit is the same whatever they are.
+        format. view: whether ``viewer.html`` is left in the run's folder. The circuit is the same whatever these are.
     options: the other fields of ``RunConfig``: method, edges, select, method_options, prefilter, keep,
         order_by_score, metric, n, seed, ablation, absolute, head_order, sender_order, split_qkv, direct_edges,
         split_pos, fold_ln, center_writing, center_unembed, fold_value_biases, pad, task_options, full_vocabulary,
@@ -83,7 +85,7 @@ def discover(
     except TypeError as error:
         raise PahqError(f"discover: {error}; see the options of RunConfig") from None
     watch = watch_for(quiet=not progress)
-    return execute(config, out, model=model, task=task, watch=watch, streams=streams, trace=trace).circuit
+    return execute(config, out, model=model, task=task, watch=watch, streams=streams, trace=trace, view=view).circuit
 
 
 def execute(
@@ -96,11 +98,12 @@ def execute(
     command: str | None = None,
     streams: str | None = None,
     trace: str | PathLike[str] | None = None,
+    view: bool = True,
 ) -> Outcome:
     """Runs, resumes or loads the run that ``config`` describes.
 
     out: its folder, None to write nothing. model, task: objects in place of the names in ``config``.
-    command: what was typed, for the record. streams, trace: see ``discover``. Raises PahqError for bad input.
+    command: what was typed, for the record. streams, trace, view: see ``discover``. Raises PahqError for bad input.
     """
     watch = Watch() if watch is None else watch
     model = config.model if model is None else model
@@ -124,7 +127,7 @@ def execute(
             if folder.finished:
                 return Outcome(Circuit.load(folder.path), read_json(folder.path / RUN_FILE), True)
         course = Course(config, options, policy, None if folder is None else folder.path, watch, scheduler)
-        return _Run(course, folder, path).finish(model, prompts_of, command)
+        return _Run(course, folder, path, view).finish(model, prompts_of, command)
 
 
 def _method_options(config: RunConfig) -> Any:
@@ -156,6 +159,7 @@ def resume(
     command: str | None = None,
     streams: str | None = None,
     trace: str | PathLike[str] | None = None,
+    view: bool = True,
 ) -> Outcome:
     """Goes on with the run in ``out``, or loads it if it is finished; raises PahqError if none is there.
 
@@ -172,14 +176,14 @@ def resume(
                 f"{out}: the run was started from Python with a {what.removeprefix(OBJECT)} object; "
                 "call pahq.discover with that object and the same out to go on"
             )
-    return execute(config, out, watch=watch, command=command, streams=streams, trace=trace)
+    return execute(config, out, watch=watch, command=command, streams=streams, trace=trace, view=view)
 
 
 class _Run:
     """The course of one run in this process."""
 
-    def __init__(self, course: Course, folder: RunFolder | None, trace: Path | None) -> None:
-        self.course, self.folder, self.trace = course, folder, trace
+    def __init__(self, course: Course, folder: RunFolder | None, trace: Path | None, view: bool) -> None:
+        self.course, self.folder, self.trace, self.view = course, folder, trace, view
         self.started = timestamp()
 
     def finish(self, model: Any, task: Task, command: str | None) -> Outcome:
@@ -229,6 +233,8 @@ class _Run:
             if self.folder is not None:
                 circuit.save(self.folder.path)
                 write_json(self.folder.path / RUN_FILE, record)  # last: its presence says that the run is finished
+                if self.view:
+                    write_viewer(self.folder.path, circuit, record, transformer, prompts, watch)
             return Outcome(circuit, record, False)
 
     def _search(self, given: Any, model: Transformer, prompts: Prompts, task: Task) -> Found:

@@ -58,6 +58,7 @@ Streams = Annotated[
     str | None, typer.Option(help="Streams to use: load,low,high (default: all), some of them, or none.")
 ]
 Trace = Annotated[str | None, typer.Option(help="File for a trace of the streams, in Chrome's format.")]
+View = Annotated[bool, typer.Option("--view/--no-view", help="Leave viewer.html in the folder (see 'pahq view').")]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")]
 
 
@@ -127,6 +128,7 @@ def discover(
     check: Annotated[bool, typer.Option("--check", help="Decide all in FP32 too; report disagreements.")] = False,
     streams: Streams = None,
     trace: Trace = None,
+    view: View = True,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -144,7 +146,7 @@ def discover(
 
     watch = watch_for(quiet=quiet)
     outcome = _continuable(
-        folder, lambda: execute(config, folder, watch=watch, command=_typed(), streams=streams, trace=trace)
+        folder, lambda: execute(config, folder, watch=watch, command=_typed(), streams=streams, trace=trace, view=view)
     )
     _print(outcome, folder, quiet, as_json)
 
@@ -154,6 +156,7 @@ def resume(
     run: Annotated[Path, typer.Argument(help="Folder of the run.")],
     streams: Streams = None,
     trace: Trace = None,
+    view: View = True,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -163,7 +166,7 @@ def resume(
 
     watch = watch_for(quiet=quiet)
     outcome = _continuable(
-        str(run), lambda: resume_run(run, watch=watch, command=_typed(), streams=streams, trace=trace)
+        str(run), lambda: resume_run(run, watch=watch, command=_typed(), streams=streams, trace=trace, view=view)
     )
     _print(outcome, str(run), quiet, as_json)
 
@@ -247,12 +250,14 @@ def _add_others() -> None:
     from pahq.cli.reproduce import reproduce_app
     from pahq.cli.tasks import tasks_app
     from pahq.cli.truth import truth
+    from pahq.cli.view import view
 
     app.command()(methods)
     app.add_typer(tasks_app, name="tasks")
     app.command()(truth)
     app.command()(evaluate)
     app.command()(compare)
+    app.command()(view)
     app.command()(convert)
     app.command()(policies)
     app.add_typer(precision_app, name="precision")
