@@ -1,0 +1,71 @@
+"""``pahq convert``: circuits and prompts from one format to another, and what was lost on the way."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pahq.errors import PahqError
+
+if TYPE_CHECKING:
+    from pahq.graph import Graph
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A file, or the folder of a run.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A file (.json, .pt, .jsonl), or a folder for a circuit of pahq.")
+    ],
+    read_as: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="Format of IN, if its content does not tell: pahq, eap-ig, eap-ig-pt, acdc, autocircuit or prompts.",
+        ),
+    ] = None,
+    write_as: Annotated[
+        str | None, typer.Option("--to", help="Format of OUT, one of the same (default: by its ending).")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model a circuit is about, where IN says too little.")] = None,
+    like: Annotated[
+        str | None, typer.Option(help="A run or circuit whose graph (model, kinds of edges) the circuit is to have.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and what was lost.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON on standard output.")] = False,
+) -> None:
+    """Read and write the circuits and prompts of EAP-IG, MIB, ACDC and AutoCircuit.
+
+    What a format cannot hold is listed on standard error.
+    """
+    from pahq.report.interchange import convert as run
+
+    done = run(source, target, read_as, write_as, _graph(model, like), replace=force)
+    for line in done.lost:
+        print(f"not kept: {line}", file=sys.stderr)  # whatever else is printed
+    if as_json:
+        print(json.dumps(asdict(done), indent=1))
+    elif not quiet:
+        what = f"circuit of {done.count:,} edges" if done.what == "circuit" else f"{done.count:,} prompt pairs"
+        print(f"written: {target} ({what}, {done.read_as} to {done.written_as})")
+
+
+def _graph(model: str | None, like: str | None) -> Graph | None:
+    """The graph asked for, None for none; raises PahqError if both are given, or one cannot be read."""
+    if model is not None and like is not None:
+        raise PahqError(f"like: '{like}' and model '{model}' exclude each other; give one of them")
+    if like is not None:
+        from pahq.report.interchange import read_circuit
+
+        return read_circuit(like).circuit.graph
+    if model is not None:
+        from pahq.graph import Graph
+        from pahq.model import load_model
+
+        return Graph(load_model(model).config)
+    return None
