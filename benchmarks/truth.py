@@ -26,6 +26,7 @@ from pahq.reproduction.auc import ROWS, check_rows, curve
 from pahq.reproduction.cells import Grid, Setting, on_truth
 
 TRAINED, ON_THE_HUB = "trained-", ("-gpt2", "-attn-only-4l")
+MASKS = ("subnetwork-probing", "edge-pruning")
 TARGETS = {"auc_acdc": 0.98, "auc_pahq": 0.98}
 """At least this much."""
 QUICK = {"thresholds": "0.1,0.01", "n": 10, "steps": 20}
@@ -88,8 +89,7 @@ def settings(given: argparse.Namespace) -> tuple[list[Setting], dict[str, str]]:
 def measure(given: argparse.Namespace, grid: Grid, models: list[Setting]) -> tuple[list[Row], list[Row], list[Row]]:
     """A row for each model and method, one for each run, and the curves."""
     rows, runs, curves = list[Row](), list[Row](), list[Row]()
-    steps = {} if given.steps is None else {"steps": given.steps}
-    method_options = dict.fromkeys(("subnetwork-probing", "edge-pruning"), steps)
+    method_options = {} if given.steps is None else {name: {"steps": given.steps} for name in MASKS}
     for setting in models:
         for method in given.methods:
             (metric,) = setting.metrics.values()
