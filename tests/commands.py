@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+
+from tiny import save_model, save_prompts
 
 
 @dataclass(frozen=True)
@@ -45,3 +50,30 @@ def make(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         return Answer(int(end.value.code or 0), out, err)
 
     return pahq
+
+
+def small_files(folder: Path) -> Path:
+    """The folder, with a tiny ``model`` and ``prompts.jsonl`` in it."""
+    save_model(folder / "model", layers=2, heads=2)
+    save_prompts(folder / "prompts.jsonl")
+    return folder
+
+
+def options(files: Path, **more: object) -> list[object]:
+    """Options of ``pahq discover`` on these files, as words; an underscore in a name stands for a hyphen."""
+    given = {"model": files / "model", "task": files / "prompts.jsonl", "n": 4} | more
+    return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+
+
+def help_without(modules: Sequence[str], words: Sequence[str]) -> str:
+    """What a command prints in a process of its own, in which none of these modules may be imported."""
+    code = (
+        "import sys\n"
+        f"sys.argv = ['pahq', *{list(words)!r}]\n"
+        "from pahq.cli.app import main\n"
+        "try: main()\n"
+        f"finally: assert not set({list(modules)!r}) & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout

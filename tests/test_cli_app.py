@@ -15,7 +15,6 @@ import commands
 from commands import Pahq
 from pahq.cli.options import task_options
 from pahq.report import machine
-from tiny import save_model, save_prompts
 
 
 @pytest.fixture
@@ -26,15 +25,11 @@ def pahq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("files")
-    save_model(folder / "model", layers=2, heads=2)
-    save_prompts(folder / "prompts.jsonl")
-    return folder
+    return commands.small_files(tmp_path_factory.mktemp("files"))
 
 
 def options(files: Path, **more: object) -> list[object]:
-    given = {"model": files / "model", "task": files / "prompts.jsonl", "threshold": 0.001, "n": 4, "metric": "kl_div"}
-    return [word for name, value in {**given, **more}.items() for word in (f"--{name.replace('_', '-')}", value)]
+    return commands.options(files, **{"threshold": 0.001, "metric": "kl_div", **more})
 
 
 def test_help_comes_at_once() -> None:
@@ -56,16 +51,7 @@ def test_help_comes_at_once() -> None:
 
 @pytest.mark.parametrize("words", [["--help"], ["discover", "--help"], ["tasks", "--help"], ["--version"], []])
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
-    code = (
-        "import sys\n"
-        f"sys.argv = ['pahq', *{words!r}]\n"
-        "from pahq.cli.app import main\n"
-        "try: main()\n"
-        "finally: assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout
+    assert commands.help_without(["torch", "transformers", "numpy"], words)
 
 
 def test_importing_the_package_is_light() -> None:

@@ -15,13 +15,12 @@ import numpy as np
 import pytest
 
 import commands
-from commands import Pahq
+from commands import Pahq, options
 from pahq.cli.options import method_options
 from pahq.evaluation.circuit import Circuit
 from pahq.method.registry import METHODS, SCORING
 from pahq.report import machine
 from scored_runs import QUICK
-from tiny import save_model, save_prompts
 
 
 @pytest.fixture
@@ -32,15 +31,7 @@ def pahq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("files")
-    save_model(folder / "model", layers=2, heads=2)
-    save_prompts(folder / "prompts.jsonl")
-    return folder
-
-
-def options(files: Path, **more: object) -> list[object]:
-    given = {"model": files / "model", "task": files / "prompts.jsonl", "n": 4} | more
-    return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+    return commands.small_files(tmp_path_factory.mktemp("files"))
 
 
 def of_method(given: dict[str, Any]) -> list[object]:

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -289,16 +288,7 @@ def test_policies_as_json(pahq: Pahq) -> None:
 
 @pytest.mark.parametrize("words", [["precision", "--help"], ["precision", "snr", "--help"], ["policies", "--help"]])
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
-    code = (
-        "import sys\n"
-        f"sys.argv = ['pahq', *{words!r}]\n"
-        "from pahq.cli.app import main\n"
-        "try: main()\n"
-        "finally: assert not {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout
+    assert commands.help_without(["torch", "transformers", "numpy", "matplotlib"], words)
 
 
 def test_csv_and_json_of_odd_numbers() -> None:

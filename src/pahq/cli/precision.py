@@ -112,8 +112,7 @@ def snr(
     as_json: Json = False,
 ) -> None:
     """How the signal of one removed edge fares on its way through later layers in low precision, in dB."""
-    options = {name: value for name, value in locals().items() if name in RunConfig.__dataclass_fields__}
-    config = RunConfig(**options, threshold=0.0, task_options=task_options(task_option or []))
+    config = _config(locals())
     folder = _folder("snr", config, policy) if out is None else out
 
     from pahq import study
@@ -154,8 +153,7 @@ def sensitivity(
     as_json: Json = False,
 ) -> None:
     """Which component bears which format: agreement with FP32, bytes, time; and a table for a budget."""
-    options = {name: value for name, value in locals().items() if name in RunConfig.__dataclass_fields__}
-    config = RunConfig(**options, task_options=task_options(task_option or []))
+    config = _config(locals())
     folder = _folder("sensitivity", config, quantised) if out is None else out
     chosen = None if kinds is None else _list(kinds)
 
@@ -190,8 +188,7 @@ def groups(
     as_json: Json = False,
 ) -> None:
     """Scoring many edges at once: heads held in FP32 at a time, against memory, time and agreement."""
-    options = {name: value for name, value in locals().items() if name in RunConfig.__dataclass_fields__}
-    config = RunConfig(**options, task_options=task_options(task_option or []))
+    config = _config(locals())
     folder = _folder("groups", config, policy) if out is None else out
     chosen = None if sizes is None else _integers(sizes)
 
@@ -199,6 +196,12 @@ def groups(
 
     record = _guarded(lambda how: study.groups(config, folder, heads, tests, chosen, **how), quiet)
     _finish(record, folder, quiet, as_json, _show_groups)
+
+
+def _config(given: dict[str, Any]) -> RunConfig:
+    """The options of a run among a command's own (a study without decisions has no threshold)."""
+    options = {name: value for name, value in given.items() if name in RunConfig.__dataclass_fields__}
+    return RunConfig(**{"threshold": 0.0, **options}, task_options=task_options(given["task_option"] or []))
 
 
 def _list(text: str) -> list[str]:

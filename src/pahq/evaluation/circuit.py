@@ -56,12 +56,7 @@ class Circuit:
                     f"circuit: {name} has shape {list(array.shape)}, but the graph of "
                     f"{self.graph.config.name} asks for {list(self.graph.shape)}"
                 )
-        if self.mask.dtype != np.bool_:
-            raise PahqError(f"circuit: mask holds {self.mask.dtype}, not bool")
-        strays = np.argwhere(self.mask & ~self.graph.edges)
-        if len(strays):
-            row, column = map(int, strays[0])
-            raise PahqError(f"circuit: keeps {self.graph.edge_name(row, column)}, which is no edge of the graph")
+        self.graph.check("circuit: mask", self.mask)
 
     @property
     def n_addition(self) -> int:
@@ -123,6 +118,22 @@ class Circuit:
         for sender in graph.senders:
             found.add_node(sender.name, kind=sender.kind)
         return found
+
+    def to_dataframe(self, rows: str = "kept") -> Any:
+        """The edges as a ``pandas.DataFrame``, one a row, in the order in which they were tested.
+
+        rows: ``kept``, ``tested`` or ``all`` edges. Columns: sender, receiver, kind (addition or direct), input (q, k,
+        v, mlp …), kept, effect (NaN if untested), order (-1 if untested). Raises PahqError where pandas is missing.
+        """
+        from pahq.evaluation.display import dataframe
+
+        return dataframe(self, rows)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from pahq.evaluation.display import html
+
+        return html(self)
 
     def __repr__(self) -> str:
         return (

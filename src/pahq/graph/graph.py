@@ -92,6 +92,17 @@ class Graph:
     def n_edges(self) -> int:
         return self.n_addition + self.n_direct
 
+    def check(self, what: str, mask: np.ndarray) -> None:
+        """Raises PahqError unless ``mask`` is a set of this graph's edges: bool [n_receivers, n_senders + 1]."""
+        if mask.shape != self.shape or mask.dtype != np.bool_:
+            raise PahqError(
+                f"{what}: {mask.dtype} {list(mask.shape)} does not fit the graph of {self.config.name}, which asks for "
+                f"bool {list(self.shape)}"
+            )
+        strays = np.argwhere(mask & ~self.edges)
+        if len(strays):
+            raise PahqError(f"{what}: keeps {self.edge_name(*map(int, strays[0]))}, which is no edge of the graph")
+
     def heads_of(self, receiver: Receiver) -> range:
         """The heads that an attention receiver feeds (several under grouped-query attention)."""
         return self.heads_reading(receiver.kind, receiver.index)

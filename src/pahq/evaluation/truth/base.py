@@ -59,15 +59,7 @@ class Truth:
 
     def __post_init__(self) -> None:
         for what, mask in (("mask", self.mask), *self.published.items()):
-            if mask.shape != self.graph.shape or mask.dtype != np.bool_:
-                raise PahqError(
-                    f"truth '{self.name}': {what} is {mask.dtype} {list(mask.shape)}, but its graph asks for "
-                    f"bool {list(self.graph.shape)}"
-                )
-            strays = np.argwhere(mask & ~self.graph.edges)
-            if len(strays):
-                edge = self.graph.edge_name(*map(int, strays[0]))
-                raise PahqError(f"truth '{self.name}': {what} holds {edge}, which is no edge of the graph")
+            self.graph.check(f"truth '{self.name}': {what}", mask)
 
     @property
     def n_addition(self) -> int:
