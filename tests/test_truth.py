@@ -167,11 +167,11 @@ def test_joint_receivers_of_grouped_queries() -> None:
 
 def test_masks_must_fit() -> None:
     graph = Graph(config())
-    with pytest.raises(PahqError, match=r"mask is float64"):
+    with pytest.raises(PahqError, match="mask: float64"):
         Truth("toy", "", graph, np.zeros(graph.shape))
     with pytest.raises(PahqError, match="which is no edge"):
         Truth("toy", "", graph, np.ones(graph.shape, dtype=bool))
-    with pytest.raises(PahqError, match=r"other is bool \[2\]"):
+    with pytest.raises(PahqError, match=r"other: bool \[2\]"):
         Truth("toy", "", graph, np.zeros(graph.shape, dtype=bool), published={"other": np.zeros(2, dtype=bool)})
     with pytest.raises(PahqError, match="edge 'm1->m0' does not exist"):
         mask_of(graph, ["m1->m0"])
