@@ -50,5 +50,5 @@ CASES = {
     "majority": Case(n_layers=3, d_model=32, d_mlp=64, steps=1200),
     "induction": Case(n_layers=3, d_model=48, d_mlp=96, steps=1500, alone=0.4),
     "maximum": Case(n_layers=2, d_model=32, d_mlp=64, steps=1500),
-    "ioi": Case(n_layers=6, d_model=48, d_mlp=96, steps=1000, batch=64, alone=0.42, alike=((0, 1),)),
+    "ioi": Case(n_layers=6, d_model=48, d_mlp=96, steps=1200, batch=64, alone=0.5, alike=((0, 1),)),
 }
