@@ -1,4 +1,7 @@
-"""What a person sees while a run goes on: a live bar on a terminal, a plain line now and then elsewhere."""
+"""What a person sees while a run goes on: a live bar on a terminal, a plain line now and then elsewhere.
+
+For notebooks see ``notebook``.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +33,19 @@ class Watch:
 
 
 def watch_for(stream: TextIO | None = None, quiet: bool = False) -> Watch:
-    """The fitting kind of watch for ``stream`` (standard error by default)."""
+    """The fitting kind of watch for ``stream`` (by default standard error, or a notebook's cell)."""
+    if stream is None and not quiet and "IPython" in sys.modules:
+        from pahq.report.notebook import NotebookWatch, in_notebook
+
+        if in_notebook():
+            return NotebookWatch(sys.stderr)
     stream = sys.stderr if stream is None else stream
     if quiet or stream is None:  # a process without a console has no standard error
         return Watch()
     return LiveWatch(stream) if stream.isatty() else PlainWatch(stream)
 
 
-class _Clock:
+class TimeLeft:
     """Estimates the time left from how fast the edges dwindle: by tests, and by receivers pruned untested."""
 
     def __init__(self) -> None:
@@ -70,7 +78,7 @@ class PlainWatch(Watch):
         print(text, file=self.stream, flush=True)
 
     def begin(self, metric: str, resumed: int = 0) -> None:
-        self.metric, self.clock, self.last = metric, _Clock(), time.monotonic()
+        self.metric, self.clock, self.last = metric, TimeLeft(), time.monotonic()
 
     def update(self, progress: Progress) -> None:
         left = self.clock.left(progress)
@@ -98,7 +106,7 @@ class LiveWatch(Watch):
     def begin(self, metric: str, resumed: int = 0) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        self.clock = _Clock()
+        self.clock = TimeLeft()
         self.bar = Progress(
             BarColumn(bar_width=None),
             TextColumn("{task.fields[tested]:,} tested"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from pahq.report.notebook import NotebookWatch
 from pahq.report.progress import PLAIN_INTERVAL, LiveWatch, PlainWatch, Watch, as_time
 
 
@@ -27,6 +28,8 @@ class Steps:
             self._began = time.monotonic() if done > 1 else self._began
         if isinstance(self.watch, LiveWatch):
             self._show(self.watch, what, done, of)
+        elif isinstance(self.watch, NotebookWatch):
+            self.watch.draw(done, of, f"{done} of {of}: {what}")
         elif isinstance(self.watch, PlainWatch) and time.monotonic() - self._last >= PLAIN_INTERVAL:
             self._last = time.monotonic()
             here = done - self._earlier
@@ -48,3 +51,5 @@ class Steps:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+        if isinstance(self.watch, NotebookWatch):
+            self.watch.end()
