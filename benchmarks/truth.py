@@ -6,7 +6,8 @@ point for each; the other methods are one run each, and every threshold of their
 
 Figures are means over the trained models of the standard area (trapezoids) over edges; the table has the pessimistic
 area of the ACDC paper and both over nodes, too. A method's mean is a figure only if it ran on all trained models, at
-all thresholds; on which it failed, and why, is told.
+all thresholds; on which it failed, and why, is told. ``same_pahq``: share of runs in which it kept the very edges that
+ACDC kept.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from typing import Any
 
 from common import finish, header, parser
 from pahq.errors import PahqError
+from pahq.evaluation.circuit import Circuit
 from pahq.evaluation.truth.base import truth_names
+from pahq.report.folder import RUN_FILE
 from pahq.report.progress import Watch, watch_for
 from pahq.report.tables import Column, Row, decimals, number, screen
-from pahq.reproduction.auc import ROWS, check_rows, curve
-from pahq.reproduction.cells import Grid, Setting, on_truth
+from pahq.reproduction.auc import ROWS, cells_of, check_rows, curve
+from pahq.reproduction.cells import RUNS, Grid, Setting, on_truth
 
 TRAINED, ON_THE_HUB = "trained-", ("-gpt2", "-attn-only-4l")
 MASKS = ("subnetwork-probing", "edge-pruning")
@@ -49,7 +52,7 @@ def options() -> argparse.Namespace:
     made.add_argument("--truths", help="known circuits by name, commas between (default: all that have a model)")
     made.add_argument("--methods", default=",".join(ROWS), help="rows of the table (default: all)")
     made.add_argument("--thresholds", default="1,0.3,0.1,0.03,0.01,0.003,0.001", help="of the sweeps (%(default)s)")
-    made.add_argument("--n", type=int, help="prompts (default: as the circuit's file says)")
+    made.add_argument("--n", type=int, help="prompts at most (default: as the circuit says)")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--steps", type=int, help="of trained masks (default: the methods' own)")
     made.add_argument("--ranking", choices=("absolute", "signed"), default="absolute", help="how scores rank edges")
@@ -77,10 +80,9 @@ def settings(given: argparse.Namespace) -> tuple[list[Setting], dict[str, str]]:
     elif given.quick:
         names = [name for name in names if name.startswith(TRAINED)][:1]
     found, missing = list[Setting](), dict[str, str]()
-    common = {"seed": given.seed} | ({} if given.n is None else {"n": given.n})
     for name in names:
         try:
-            found.append(on_truth(name, **common))
+            found.append(on_truth(name, most=given.n, seed=given.seed))
         except PahqError as error:
             missing[name] = str(error)
     return found, missing
@@ -109,6 +111,20 @@ def measure(given: argparse.Namespace, grid: Grid, models: list[Setting]) -> tup
     return rows, runs, curves
 
 
+def same_circuits(given: argparse.Namespace, grid: Grid, models: list[Setting]) -> tuple[int, int]:
+    """In how many runs ``pahq`` kept the very edges that ACDC kept, and of how many."""
+    same = count = 0
+    for setting in models:
+        (metric,) = setting.metrics.values()
+        two = [cells_of(setting, row, metric, given.thresholds, {}) for row in ("acdc", "pahq")]
+        for pair in zip(*two, strict=True):
+            folders = [grid.out / RUNS / cell.name for cell in pair]
+            if all((folder / RUN_FILE).exists() for folder in folders):
+                first, second = (Circuit.load(folder).mask for folder in folders)
+                same, count = same + bool((first == second).all()), count + 1
+    return same, count
+
+
 def means(rows: list[Row], models: list[Setting]) -> dict[str, dict[str, float]]:
     """column -> method -> its mean, of methods that ran on all trained models, at all thresholds."""
     trained = {setting.name for setting in models if setting.name.startswith(TRAINED)}
@@ -132,6 +148,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         grid = Grid(given.runs or Path(folder), watch_for() if given.verbose else Watch())
         rows, runs, curves = measure(given, grid, models)
+        same, pairs = same_circuits(given, grid, models)
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=120)
     console.print(screen(rows, COLUMNS))
@@ -140,6 +157,9 @@ def main() -> None:
     average = means(rows, models)
     figures = {f"auc_{method.replace('-', '_')}": value for method, value in average["auc_edges"].items()}
     figures |= {f"seconds_{method.replace('-', '_')}": value for method, value in average["seconds"].items()}
+    if pairs:
+        figures["same_pahq"] = same / pairs
+        print(f"pahq kept the very edges that ACDC kept in {same} of {pairs} runs")
     for name, least in TARGETS.items():
         if name in figures:
             print(f"{name}: {figures[name]:.4f}, target >= {least}: {'met' if figures[name] >= least else 'missed'}")

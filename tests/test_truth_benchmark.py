@@ -25,7 +25,9 @@ def test_every_method_has_an_area(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out").read_text())
     figures = found["figures"]
-    assert set(figures) == {f"{what}_{row.replace('-', '_')}" for row in ROWS for what in ("auc", "seconds")}
+    names = {f"{what}_{row.replace('-', '_')}" for row in ROWS for what in ("auc", "seconds")}
+    assert set(figures) == names | {"same_pahq"}
+    assert figures["same_pahq"] == 1
     assert figures["auc_acdc"] == figures["auc_pahq"] >= 0.98
     assert figures["auc_exact"] > figures["auc_random"]
     assert "auc_acdc: 1.0000, target >= 0.98: met" in done.stdout

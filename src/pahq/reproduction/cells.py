@@ -53,9 +53,10 @@ class Setting:
         return None if self.truth is None else load_truth(self.truth)
 
 
-def on_truth(name: str, metrics: Mapping[str, str] | None = None, **common: Any) -> Setting:
-    """A known circuit's own model and prompts, in the setting in which the model has it. common: options to replace.
+def on_truth(name: str, metrics: Mapping[str, str] | None = None, most: int | None = None, **common: Any) -> Setting:
+    """A known circuit's own model and prompts, in the setting in which the model has it.
 
+    metrics: kind -> name, None: its own. most: prompts at most. common: options to replace.
     Raises PahqError where the circuit cannot be had, or has no model.
     """
     truth = load_truth(name)
@@ -63,6 +64,7 @@ def on_truth(name: str, metrics: Mapping[str, str] | None = None, **common: Any)
         raise PahqError(f"truth '{name}': no model and prompts belong to it; choose one that has them (pahq truth)")
     options = truth.options()
     metric = options.pop("metric")
+    options["n"] = truth.n if most is None else min(truth.n, most)
     chosen = {"kl": metric} if metrics is None else metrics
     return Setting(
         name, f"{OBJECT}Transformer", f"{OBJECT}{name}", name, chosen, options | common, truth.model, truth.task

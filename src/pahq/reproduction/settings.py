@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pahq.errors import PahqError
-from pahq.evaluation.truth.base import truth_names
+from pahq.evaluation.truth.base import load_truth, truth_names
 from pahq.reproduction.cells import Setting, on_truth
 from pahq.reproduction.paper import PAHQ_THRESHOLDS, acdc_thresholds
 
@@ -113,11 +113,11 @@ class GridOptions:
         return Setting("single", model, task, truth, {"kl": "kl_div"}, common)
 
     def _stand_in(self, name: str) -> Setting:
-        changed: dict[str, Any] = {} if self.n is None and not self.quick else {"n": self._count(100)}
-        found = on_truth(name, None, device=self.device, **changed)
-        if found.metrics["kl"] != "kl_div":  # a compiled program's own metric
-            return on_truth(name, {"task": found.metrics["kl"]}, device=self.device, **changed)
-        return on_truth(name, {"kl": "kl_div", "task": "logit_diff"}, device=self.device, **changed)
+        most = 8 if self.n is None and self.quick else self.n
+        metrics = {"kl": "kl_div", "task": "logit_diff"}
+        if (own := load_truth(name).metric) != "kl_div":  # a compiled program's own
+            metrics = {"task": own}
+        return on_truth(name, metrics, most, seed=self.seed, device=self.device)
 
     def _count(self, own: int) -> int:
         if self.n is not None:
