@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pahq.cli import codes
+from pahq.cli.config_file import take_config
 from pahq.cli.options import method_options, task_options
 from pahq.errors import PahqError
 from pahq.files import explain, read_json
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="pahq",
     help="Find circuits in language models, fast and faithfully.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     no_args_is_help=True,
@@ -64,6 +65,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on
 
 @app.command()
 def discover(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="smollm2-135m, a hub id, a local folder, or a .gguf file.")],
     task: Annotated[str, typer.Option(help="A task's name (see 'pahq tasks') or a JSONL or CSV file of prompts.")],
     threshold: Annotated[
@@ -131,13 +133,22 @@ def discover(
     view: View = True,
     quiet: Quiet = False,
     as_json: Json = False,
+    config_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            callback=take_config,
+            is_eager=True,
+            help="Options from a YAML or JSON file, or a run.json, by their names; flags override them.",
+        ),
+    ] = None,
 ) -> None:
     """Find a circuit. The same command goes on with a run that was cut short."""
     options = {name: value for name, value in locals().items() if name in RunConfig.__dataclass_fields__}
     config = RunConfig(
         **options,
-        task_options=task_options(task_option or []),
-        method_options=method_options(method_option or []),
+        task_options={**context.meta.get("task_options", {}), **task_options(task_option or [])},
+        method_options={**context.meta.get("method_options", {}), **method_options(method_option or [])},
     )
     folder = _default_folder(config) if out is None else out
 
@@ -216,7 +227,7 @@ def _continuable(folder: str, run: Any) -> Outcome:
         begun = (Path(folder) / START_FILE).exists()
         hint = f"go on with: pahq resume {folder}" if begun else "nothing was begun"
         print(f"interrupted; {hint}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(codes.INTERRUPTED) from None
 
 
 def _print(outcome: Outcome, folder: str, quiet: bool, as_json: bool) -> None:
@@ -268,24 +279,24 @@ _add_others()
 
 
 def main() -> None:
-    """Entry point: runs the command, and turns every error a user can cause into one line and exit code 2."""
+    """Entry point: runs the command; every error a user can cause becomes one line and an exit code (see ``codes``)."""
     try:
         code = app(standalone_mode=False)
     except PahqError as error:
         code = _fail(str(error))
     except BrokenPipeError:  # the reader of our output (head, less) had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = codes.DONE
     except OSError as error:
         code = _fail(explain(error))
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
-        code = 130
+        code = codes.INTERRUPTED
     except Exception as error:
         if not isinstance(error, _ClickException):
             raise
         code = _usage(error)
-    sys.exit(code or 0)
+    sys.exit(code or codes.DONE)
 
 
 def _usage(error: Any) -> int:
@@ -294,10 +305,10 @@ def _usage(error: Any) -> int:
     path = context.command_path if context is not None else "pahq"
     if not message or type(error).__name__ == "NoArgsIsHelpError":
         print(message)
-        return 0
+        return codes.DONE
     return _fail(f"{message} (see '{path} --help')")
 
 
 def _fail(message: str) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return codes.REFUSED

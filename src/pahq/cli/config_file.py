@@ -1,0 +1,96 @@
+"""``--config FILE``: options of ``pahq discover`` from a file, such as a run's ``run.json``. Flags override it."""
+
+from __future__ import annotations
+
+import json
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from pahq.errors import PahqError
+from pahq.files import naming
+
+NESTED = ("task_options", "method_options")
+"""Options that are objects in a file; on the command line each of their entries is a flag NAME=VALUE."""
+_OBJECT = "object:"  # marks what was given as a Python object, see report.config
+
+
+def take_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Callback of ``--config``: what the file says becomes the default of each option.
+
+    It must be called before the other options are read (``is_eager``). ``NESTED`` options go to ``context.meta`` by
+    their names. Raises PahqError for a file that cannot be read and for options or values that cannot be.
+    """
+    if path is None:
+        return None
+    options = {word: param for param in context.command.params for word in _words(param) if word != "config"}
+    defaults: dict[str, Any] = {}
+    for name, value in read_config(path).items():
+        if value is None:
+            continue
+        if name in NESTED:
+            context.meta[name] = _nested(path, name, value)
+            continue
+        param: Any = options.get(name.replace("-", "_"))
+        if param is None:
+            near = get_close_matches(name, [*options, *NESTED], n=1)
+            hint = f"did you mean '{near[0]}'?" if near else "see 'pahq discover --help'"
+            raise PahqError(f"{path}: option '{name}' is unknown; {hint}")
+        if param.is_flag != isinstance(value, bool) or not isinstance(value, bool | int | float | str):
+            mend = "true or false" if param.is_flag else "one number or text"
+            raise PahqError(f"{path}: {name} is {value!r}; give {mend}")
+        if isinstance(value, str) and value.startswith(_OBJECT):
+            raise PahqError(
+                f"{path}: the {name} was a Python object ({value.removeprefix(_OBJECT)}); name one with --{name}"
+            )
+        # As text, so that it is judged as a flag's value is: 2.5 is no number of prompts.
+        defaults[param.name] = value if isinstance(value, bool) else str(value)
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return path
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Options by name from JSON (``.json``) or YAML: the file itself, or its ``config`` as in ``run.json``."""
+    with naming(path):
+        data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+        content = json.loads(text) if path.suffix.lower() == ".json" else _yaml(text, path)
+    except (ValueError, RecursionError) as error:
+        raise PahqError(f"{path}: not valid {'JSON' if path.suffix.lower() == '.json' else 'text'} ({error})") from None
+    if isinstance(content, dict) and isinstance(content.get("config"), dict):
+        content = content["config"]
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise PahqError(f"{path}: holds no options; write for example 'threshold: 0.05', or give a run's run.json")
+    return content
+
+
+def _yaml(text: str, path: Path) -> Any:
+    import yaml
+
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if isinstance(node, yaml.MappingNode):
+            names = [key.value for key, _ in node.value]
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise PahqError(f"{path}: '{twice}' is there twice; remove one")
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}: line {mark.line + 1}" if mark is not None else str(path)
+        raise PahqError(f"{where}: broken YAML ({getattr(error, 'problem', None) or error}); mend it") from None
+
+
+def _nested(path: Path, name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(word, str) for word in value):
+        raise PahqError(f"{path}: {name} is {value!r}; give an object of names and values")
+    return value
+
+
+def _words(param: Any) -> set[str]:
+    """What a parameter may be called in a file: as the function has it, or as the flag without its dashes."""
+    flags = [flag.lstrip("-").replace("-", "_") for flag in param.opts if flag.startswith("--")]
+    return {param.name, *flags}
