@@ -7,7 +7,8 @@ agree   share of decisions equal to FP32's. Two sweeps part after the first diff
         within FP32's own rounding noise of the threshold are counted apart; whole sweeps, nothing is sampled.
 F1      of the kept edges against the FP32 circuit of the same threshold, prompts and seed.
 AUC     of a sweep of thresholds against the FP32 circuit at the reference threshold: standard (trapezoids), and
-        the ACDC paper's pessimistic one.
+        the ACDC paper's pessimistic one. FP32's own row says what these very thresholds allow: its circuits at others
+        than the reference lack some of the reference's edges, too.
 time    of a sweep, construction included, in a process of its own after the model is warm.
 weights on a device: low-precision copies, and buffers for the FP32 weights that stream; share of FP32's bytes.
 peak    resident memory of that process (the model's FP32 weights, which are on the same host here, included).
@@ -302,7 +303,7 @@ def options() -> argparse.Namespace:
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--reference", type=float, default=0.05, help="threshold of the FP32 circuit (default 0.05)")
     made.add_argument("--thresholds", default="0.3,0.1,0.05,0.02,0.01", help="of the AUC's sweeps")
-    made.add_argument("--auc", default="pahq,pahq-values,rtn", help="rows that get an AUC")
+    made.add_argument("--auc", default="fp32,pahq,pahq-values,rtn", help="rows that get an AUC")
     made.add_argument("--repeats", type=int, default=3, help="draws of prompts that are timed (default 3)")
     made.add_argument("--sample", type=int, default=60, help="tests on which FP32's noise is measured (default 60)")
     made.add_argument("--full", action="store_true", help="agreement of every row at 0.01 and 0.001 too (long)")
