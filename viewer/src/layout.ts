@@ -2,28 +2,32 @@
 import type { NodeFacts } from "./model";
 
 export interface Point { x: number; y: number }
-const STEP = 48, ROW = 96;
+const STEP = 46, ROW = 54, GROUPED = 58; // between heads, between layers, and where groups stand between them
+const STRETCH = 4;
 
-/** Positions of the nodes in `used`, by index. Rows close up where nothing is left; so do heads if `compact`. */
-export function layout(nodes: NodeFacts[], used: Set<number>, compact: boolean): Map<number, Point> {
+/** Positions of the nodes in `used` (all, unless `compact`), by index, stretched towards width / height = `aspect`. */
+export function layout(nodes: NodeFacts[], used: Set<number>, compact: boolean, aspect: number): Map<number, Point> {
   const places = new Map<number, Point>();
   const layers = new Map<number, number[]>();
   nodes.forEach((node, at) => {
     if (used.has(at) || !compact) layers.set(node.layer, [...(layers.get(node.layer) ?? []), at]);
   });
   const rows = [...layers.keys()].sort((a, b) => a - b);
-  const heads = (row: number) => (layers.get(row) ?? []).filter((at) => nodes[at]!.kind === "head");
-  const widest = Math.max(1, ...rows.map((row) => heads(row).length));
-  const side = (widest / 2) * STEP + 36;
+  const of = (row: number, ...kinds: string[]) => (layers.get(row) ?? []).filter((at) => kinds.includes(nodes[at]!.kind));
+  const widest = Math.max(1, ...rows.map((row) => of(row, "head").length));
+  const grouped = rows.some((row) => of(row, "group").length);
+  const ratio = (STEP * (widest + 2.5)) / ((grouped ? GROUPED : ROW) * rows.length);
+  const step = STEP * Math.max(1, Math.min(STRETCH, aspect / ratio));
+  const height = (grouped ? GROUPED : ROW) * Math.max(1, Math.min(STRETCH, ratio / aspect));
+  const side = ((widest - 1) / 2) * step + Math.max(64, step);
   rows.forEach((row, level) => {
-    const y = -level * ROW, inRow = layers.get(row) ?? [];
-    const some = heads(row), groups = inRow.filter((at) => nodes[at]!.kind === "group");
-    const line = (items: number[], height: number, step: number) =>
-      items.forEach((at, place) => places.set(at, { x: (place - (items.length - 1) / 2) * step, y: height }));
-    line(some, y, STEP);
-    line(groups, y + 36, STEP * Math.max(1, groups.length ? some.length / groups.length : 1));
-    line(inRow.filter((at) => ["embed", "pos_embed", "logits"].includes(nodes[at]!.kind)), y, STEP * 2.5);
-    for (const at of inRow) if (nodes[at]!.kind === "mlp") places.set(at, { x: side, y: y - 34 });
+    const y = -level * height, heads = of(row, "head"), groups = of(row, "group");
+    const line = (items: number[], at: number, apart: number) =>
+      items.forEach((item, place) => places.set(item, { x: (place - (items.length - 1) / 2) * apart, y: at }));
+    line(heads, y, step);
+    line(groups, y + height * 0.46, groups.length ? step * Math.max(1, heads.length / groups.length) : step);
+    line(of(row, "embed", "pos_embed", "logits"), y, Math.max(100, step));
+    for (const at of of(row, "mlp")) places.set(at, { x: side, y: y - height * 0.4 });
   });
   return places;
 }
@@ -32,7 +36,7 @@ export function layout(nodes: NodeFacts[], used: Set<number>, compact: boolean):
 export function bend(from: Point, to: Point, kind: string): number {
   const across = to.x - from.x, up = from.y - to.y;
   const fan = { q: -9, k: 0, v: 9 }[kind] ?? 0;
-  if (Math.abs(across) < STEP / 2) return up <= ROW ? fan : 14 + up / 9 + fan;
+  if (Math.abs(across) < STEP / 2) return up <= ROW * 1.5 ? fan : 14 + up / 9 + fan;
   return Math.sign(across) * Math.min(30, up / 30) + fan;
 }
 

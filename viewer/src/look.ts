@@ -19,14 +19,14 @@ const DARK: Look = {
 };
 export const look = (dark: boolean): Look => (dark ? DARK : LIGHT);
 export const DASHES: Record<string, number[]> = { hit: [], extra: [2, 3], miss: [7, 4], none: [] };
-export const RADIUS = 15;
+export const RADIUS = 17;
 
 export function style(of: Look): StylesheetJson {
   return [
     {
       selector: "node",
       style: {
-        width: 2 * RADIUS, height: 2 * RADIUS, label: "data(label)", "font-size": 10, color: of.ink,
+        width: 2 * RADIUS, height: 2 * RADIUS, label: "data(label)", "font-size": 12, color: of.ink,
         "font-family": "system-ui, sans-serif", "text-valign": "center", "text-halign": "center",
         "background-color": of.node, "border-width": 1.2, "border-color": of.line, "min-zoomed-font-size": 5,
         "overlay-opacity": 0,
@@ -41,8 +41,8 @@ export function style(of: Look): StylesheetJson {
         "pie-3-background-color": "data(v)", "pie-3-background-size": 33.4,
       },
     },
-    { selector: "node.mlp", style: { shape: "round-rectangle", width: 36, height: 22, "background-color": of.mlp } },
-    { selector: "node.group", style: { shape: "diamond", width: 26, height: 26, "font-size": 8 } },
+    { selector: "node.mlp", style: { shape: "round-rectangle", width: 38, height: 24, "background-color": of.mlp } },
+    { selector: "node.group", style: { shape: "diamond", width: 16, height: 16, label: "" } },
     {
       selector: "node.embed, node.pos_embed, node.logits",
       style: { shape: "round-rectangle", width: 76, height: 26, "background-color": of.mlp },
@@ -50,14 +50,14 @@ export function style(of: Look): StylesheetJson {
     { selector: "node.unused", style: { width: 8, height: 8, label: "", "border-width": 0, "background-color": of.faint, "pie-size": "0%" } },
     { selector: "node.layer", style: { "background-opacity": 0, "border-width": 0, width: 1, height: 1, color: of.line, events: "no" } },
     {
-      selector: "edge",
+      selector: "edge.sent",
       style: {
         width: "data(width)", "line-color": "data(colour)", "target-arrow-color": "data(colour)",
         "target-arrow-shape": "triangle", "arrow-scale": 0.7, "curve-style": "unbundled-bezier",
         "control-point-distances": "data(bend)" as unknown as number[], "control-point-weights": [0.5], opacity: 0.75, "overlay-opacity": 0,
       },
     },
-    { selector: "edge.link", style: { width: 1, "line-color": of.faint, "target-arrow-shape": "none", "curve-style": "straight", events: "no" } },
+    { selector: "edge.link", style: { width: 1, "line-color": of.faint, "target-arrow-shape": "none", "target-arrow-color": of.faint, "curve-style": "straight", events: "no" } },
     { selector: "edge.miss", style: { "line-style": "dashed", "line-dash-pattern": DASHES["miss"]!, "target-arrow-shape": "tee" } },
     { selector: "edge.extra", style: { "line-style": "dashed", "line-dash-pattern": DASHES["extra"]!, "target-arrow-shape": "diamond" } },
     { selector: ".off", style: { display: "none" } },

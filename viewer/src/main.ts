@@ -37,11 +37,11 @@ class Viewer {
       elements: [
         ...circuit.nodes.map((node, at) => ({ data: { id: `n${at}`, label: label(node.id), q: "#ffffff", k: "#ffffff", v: "#ffffff" }, classes: node.kind })),
         ...circuit.edges.filter((edge) => edge.source !== null).map((edge) => ({
-          data: { id: edge.id, name: edge.name, source: `n${edge.source}`, target: `n${edge.target}`, width: width(edge), colour: "#888888", bend: 0 },
+          data: { id: edge.id, name: edge.name, source: `n${edge.source}`, target: `n${edge.target}`, width: width(edge), colour: "#888888", bend: 0 }, classes: "sent",
         })),
         ...circuit.links.map(([group, head], at) => ({ data: { id: `l${at}`, source: `n${group}`, target: `n${head}` }, classes: "link" })),
       ],
-      style: style(this.look),
+      style: [], // set with the theme
       layout: { name: "preset" },
       minZoom: 0.05, maxZoom: 6,
       autoungrabify: true, boxSelectionEnabled: false, selectionType: "single",
@@ -53,8 +53,12 @@ class Viewer {
     this.pointer();
     this.keyboard();
     this.theme(this.dark);
-    this.prune();
-    this.cy.fit(undefined, 24);
+    this.fit();
+  }
+
+  private fit(): void {
+    this.cy.resize();
+    this.cy.fit(undefined, 36);
   }
 
   private words(): void {
@@ -87,7 +91,8 @@ class Viewer {
         const item = cy.getElementById(edge.id), status = circuit.status(edge);
         item.toggleClass("off", !visible.has(edge.id));
         item.toggleClass("miss", this.overlay && status === "miss").toggleClass("extra", this.overlay && status === "extra");
-        item.data("colour", this.colour(edge));
+        const colour = this.colour(edge);
+        if (item.data("colour") !== colour) item.data("colour", colour);
       }
       circuit.nodes.forEach((_, at) => cy.getElementById(`n${at}`).toggleClass("unused", !used.has(at)).toggleClass("off", !used.has(at) && !keepUnused && !this.placed.has(at)));
       circuit.links.forEach(([, head], at) => cy.getElementById(`l${at}`).toggleClass("off", !used.has(head)));
@@ -112,13 +117,17 @@ class Viewer {
       }
     }
     this.circuit.nodes.forEach((node, at) => {
-      if (node.kind === "head") for (const kind of ["q", "k", "v"]) this.cy.getElementById(`n${at}`).data(kind, colours.get(`${at} ${kind}`) ?? this.look.node);
+      if (node.kind === "head") for (const kind of ["q", "k", "v"]) {
+        const item = this.cy.getElementById(`n${at}`), colour = colours.get(`${at} ${kind}`) ?? this.look.node;
+        if (item.data(kind) !== colour) item.data(kind, colour);
+      }
     });
   }
 
   private arrange(): void {
     const { cy, circuit } = this;
-    this.places = layout(circuit.nodes, this.placed, !get<HTMLInputElement>("unused").checked);
+    const box = get("graph"), aspect = Math.max(0.6, box.clientWidth / Math.max(1, box.clientHeight));
+    this.places = layout(circuit.nodes, this.placed, !get<HTMLInputElement>("unused").checked, aspect);
     cy.batch(() => {
       cy.remove("node.layer");
       const left = margin(this.places), rows = new Map<number, number>();
@@ -126,7 +135,7 @@ class Viewer {
         const place = this.places.get(at);
         if (!place) return;
         cy.getElementById(`n${at}`).position(place);
-        if (node.kind === "head" || (node.kind === "mlp" && !rows.has(node.layer))) rows.set(node.layer, node.kind === "head" ? place.y : place.y + 34);
+        if (node.kind === "head" || (node.kind === "mlp" && !rows.has(node.layer))) rows.set(node.layer, place.y);
       });
       for (const [layer, y] of rows) cy.add({ data: { id: `layer${layer}`, label: `layer ${layer}` }, classes: "layer", position: { x: left, y } });
       for (const edge of circuit.edges) {
@@ -239,12 +248,12 @@ class Viewer {
     box.addEventListener("change", () => { const value = box.valueAsNumber; if (Number.isFinite(value)) { this.set(value); this.prune(); } else this.set(this.threshold); });
     get("found").addEventListener("click", () => { this.set(circuit.foundAt); this.prune(); });
     get("whole").addEventListener("change", () => this.prune());
-    get("unused").addEventListener("change", () => { this.prune(); this.arrange(); this.cy.fit(undefined, 24); });
+    get("unused").addEventListener("change", () => { this.prune(); this.arrange(); this.fit(); });
     get("colour").addEventListener("change", () => { this.prune(); this.legend(); });
     get("colour-choice").hidden = !this.overlay;
     get("in").addEventListener("click", () => this.zoom(1.3));
     get("out").addEventListener("click", () => this.zoom(1 / 1.3));
-    get("fit").addEventListener("click", () => this.cy.fit(undefined, 24));
+    get("fit").addEventListener("click", () => this.fit());
     get("theme").addEventListener("click", () => this.theme(!this.dark));
     get("help").addEventListener("click", () => get<HTMLDialogElement>("keys").showModal());
     get("svg").addEventListener("click", () => download(`${this.fileName()}.svg`, new Blob([this.svg()], { type: "image/svg+xml" })));
@@ -282,8 +291,8 @@ class Viewer {
     this.dark = dark;
     this.look = look(dark);
     document.documentElement.dataset["theme"] = dark ? "dark" : "light";
-    this.cy.style(style(this.look));
     this.prune();
+    this.cy.style(style(this.look));
     this.legend();
     this.choose(this.chosen);
   }
@@ -358,7 +367,7 @@ class Viewer {
       const step = (by: number) => { if (!slider.disabled) { this.set(this.atSlider(Math.max(0, Math.min(1000, Number(slider.value) + by)))); this.prune(); } };
       const actions: Record<string, () => void> = {
         "/": () => get("search").focus(), Escape: () => this.choose(null), "+": () => this.zoom(1.3), "=": () => this.zoom(1.3), "-": () => this.zoom(1 / 1.3),
-        "0": () => this.cy.fit(undefined, 24), t: () => this.theme(!this.dark), "?": () => get<HTMLDialogElement>("keys").showModal(), "[": () => step(-20), "]": () => step(20),
+        "0": () => this.fit(), t: () => this.theme(!this.dark), "?": () => get<HTMLDialogElement>("keys").showModal(), "[": () => step(-20), "]": () => step(20),
         ArrowLeft: () => this.move(-1, 0), ArrowRight: () => this.move(1, 0), ArrowUp: () => this.move(0, -1), ArrowDown: () => this.move(0, 1),
       };
       const act = actions[event.key.length === 1 ? event.key.toLowerCase() : event.key];

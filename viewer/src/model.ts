@@ -15,6 +15,7 @@ export interface Evidence {
 export interface Data {
   run: Record<string, string | number | boolean | null>;
   threshold: number | null;
+  scored: boolean; // edges were chosen by scores: an addition edge into a head brings its direct edge along
   command: string | null;
   version: string | null;
   size: { addition: number; addition_total: number; direct: number; direct_total: number; tested: number };
@@ -73,7 +74,7 @@ export class Circuit {
       ...graph.direct.map(([target, ...tail], at) => make(null, target, tail, `d${at}`)),
     ];
     const values = this.edges.map((edge) => edge.value).filter((value) => value !== null);
-    const kept = this.edges.filter((edge) => edge.decision === KEPT && edge.value !== null).map((edge) => edge.value!);
+    const kept = this.edges.filter((edge) => edge.source !== null && edge.decision === KEPT && edge.value !== null).map((edge) => edge.value!);
     this.foundAt = data.threshold ?? (kept.length ? Math.min(...kept) : null);
     this.high = Math.max(...values, 0);
     const positive = values.filter((value) => value > this.high * 1e-6);
@@ -83,6 +84,10 @@ export class Circuit {
   /** Sets which edges are shown at a threshold; whole: only those on a path from an embedding to the logits. */
   prune(threshold: number | null, whole: boolean): void {
     for (const edge of this.edges) edge.shown = this.passes(edge, threshold);
+    if (this.data.scored && threshold !== null && threshold !== this.foundAt) {
+      const fed = new Set(this.edges.filter((edge) => edge.shown && edge.source !== null).map(receiverOf));
+      for (const edge of this.edges) if (edge.source === null) edge.shown = fed.has(receiverOf(edge));
+    }
     if (!whole) return;
     const start = this.nodes.flatMap((node, at) => (node.kind === "embed" || node.kind === "pos_embed" ? [at] : []));
     const end = this.nodes.flatMap((node, at) => (node.kind === "logits" ? [at] : []));
@@ -133,6 +138,8 @@ function receiver(node: NodeFacts, kind: string): string {
   if (node.kind === "head" || node.kind === "group") return `a${node.layer}.${node.index}.${kind}`;
   return node.id;
 }
+
+function receiverOf(edge: Edge): string { return edge.name.split("->")[1]!; }
 
 /** What people call a node. */
 export function title(node: NodeFacts): string {

@@ -48,6 +48,7 @@ export class Panel {
 
   private figures(): HTMLElement {
     const { figures, run } = this.circuit.data;
+    if (!figures["validation"] && !figures["test"]) return element("div");
     const table = element("table", {}, element("tr", {}, ...["", String(run["metric"] ?? "metric"), "accuracy", "logit diff."].map((text) => element("th", {}, text))));
     for (const split of ["validation", "test"]) {
       const part = figures[split];
@@ -103,7 +104,7 @@ export class Panel {
     if (!shown) return [element("p", { class: "note" }, `No attention pattern and words: ${this.circuit.data.missing}`)];
     const parts: HTMLElement[] = [];
     const words = shown.words[id], patterns = shown.patterns[id];
-    if (!words && !patterns) return [element("p", { class: "note" }, "Attention patterns and words are kept for nodes of the circuit alone.")];
+    if (!words && !patterns) return [element("p", { class: "note" }, "No attention pattern and words: the page holds those of the circuit's most relevant nodes alone.")];
     this.example = Math.min(this.example, shown.examples.length - 1);
     const select = element("select", { id: "example", "aria-label": "Example" }) as HTMLSelectElement;
     shown.examples.forEach((example, at) => select.append(element("option", { value: String(at) }, `${at + 1}: ${example.clean.join("").trim()}`)));
@@ -116,7 +117,7 @@ export class Panel {
       if (words) filled.push(this.words(words[this.example]!, id, plain(example.clean[example.read] ?? "")));
       if (patterns) {
         const pictures = (["clean", "corrupt"] as Side[]).map((side) => picture(shown, id, this.example, side, look.ink, look.back));
-        filled.push(element("h3", {}, "Attention pattern"), element("p", { class: "hint" }, "Queries down, keys across; the darker a cell, the more attention."), ...pictures);
+        filled.push(element("h3", {}, "Attention pattern"), element("p", { class: "hint" }, "Queries down, keys across; the stronger a cell, the more attention."), ...pictures);
       }
       place.replaceChildren(...filled);
     };

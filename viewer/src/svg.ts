@@ -54,14 +54,14 @@ function shape(node: NodeSingular, look: Look): string {
   const { x, y } = node.position();
   const at = (text: string, size: number) => `<text x="${round(x)}" y="${round(y + size * 0.35)}" font-size="${size}" text-anchor="middle" fill="${node.hasClass("layer") ? look.line : look.ink}">${escape(text)}</text>`;
   const label = String(node.data("label") ?? "");
-  if (node.hasClass("layer")) return at(label, 10);
+  if (node.hasClass("layer")) return at(label, 12);
   if (node.hasClass("unused")) return `<circle cx="${round(x)}" cy="${round(y)}" r="4" fill="${look.faint}"/>`;
   const line = `fill="${node.hasClass("mlp") || node.hasClass("embed") || node.hasClass("logits") || node.hasClass("pos_embed") ? look.mlp : look.node}" stroke="${look.line}" stroke-width="1.2"`;
   const faded = node.hasClass("dim") ? ' opacity="0.3"' : "";
-  if (node.hasClass("group")) return `<g${faded}><path d="M${round(x)} ${round(y - 13)}l13 13l-13 13l-13 -13z" ${line}/>${at(label, 8)}</g>`;
+  if (node.hasClass("group")) return `<g${faded}><path d="M${round(x)} ${round(y - 8)}l8 8l-8 8l-8 -8z" ${line}/></g>`;
   if (!node.hasClass("head")) {
-    const w = node.hasClass("mlp") ? 36 : 76, h = node.hasClass("mlp") ? 22 : 26;
-    return `<g${faded}><rect x="${round(x - w / 2)}" y="${round(y - h / 2)}" width="${w}" height="${h}" rx="5" ${line}/>${at(label, 10)}</g>`;
+    const w = node.hasClass("mlp") ? 38 : 76, h = node.hasClass("mlp") ? 24 : 26;
+    return `<g${faded}><rect x="${round(x - w / 2)}" y="${round(y - h / 2)}" width="${w}" height="${h}" rx="5" ${line}/>${at(label, 12)}</g>`;
   }
   const ring = RADIUS - 2, third = (2 * Math.PI * ring) / 3;
   const arcs = ["q", "k", "v"].map((kind, place) => {
@@ -69,7 +69,7 @@ function shape(node: NodeSingular, look: Look): string {
     if (colour === look.node) return "";
     return `<circle cx="${round(x)}" cy="${round(y)}" r="${ring}" fill="none" stroke="${colour}" stroke-width="3.3" stroke-dasharray="${round(third)} ${round(3 * third)}" transform="rotate(${place * 120 - 90} ${round(x)} ${round(y)})"/>`;
   });
-  return `<g${faded}><circle cx="${round(x)}" cy="${round(y)}" r="${RADIUS}" ${line}/>${arcs.join("")}${at(label, 10)}</g>`;
+  return `<g${faded}><circle cx="${round(x)}" cy="${round(y)}" r="${RADIUS}" ${line}/>${arcs.join("")}${at(label, 12)}</g>`;
 }
 
 /** Hands a file to the browser's downloads. */

@@ -12,7 +12,8 @@ from pahq.evaluation.circuit import Circuit
 from pahq.graph import Graph, Receiver
 
 MAX_EDGES = 2000
-"""Edges drawn at most; those of a circuit come first, then those of the one beside it, then the largest effects."""
+"""Edges drawn at most; those of a circuit come first, then those of the one beside it, then the largest effects.
+Direct edges are parts of a head's ring, not lines, and not counted."""
 
 REMOVED, KEPT, UNTESTED = 0, 1, 2
 """Decisions. An edge without any effect that was nevertheless kept is ``KEPT``."""
@@ -29,11 +30,11 @@ class Overlay:
 def drawing(circuit: Circuit, absolute: bool = False, overlay: Overlay | None = None) -> dict[str, Any]:
     """nodes, edges, direct edges, links and counts of a circuit, as the page takes them.
 
-    absolute: whether edges count by the size of their effects. At most ``MAX_EDGES`` edges are drawn; ``omitted``
-    tells how many tested, kept, missed (of the overlay) ones are not. An edge is a list: indices of its two nodes,
-    its kind (q, k, v, qkv, mlp or logits), effect (None if unmeasured), order (-1 if untested), decision, and whether
-    the overlay has it (0 or 1). A direct edge is the same with one node in place of two. Links lead from a group's
-    keys and values to its heads.
+    absolute: whether edges count by the size of their effects. At most ``MAX_EDGES`` addition edges are drawn;
+    ``omitted`` tells how many are not: only kept, only of the overlay, of both, only tested. An edge is a list:
+    indices of its two nodes, its kind (q, k, v, qkv, mlp or logits), effect (None if unmeasured), order (-1 if
+    untested), decision, and whether the overlay has it (0 or 1). A direct edge is the same with one node in place of
+    two. Links lead from a group's keys and values to its heads.
     """
     graph = circuit.graph
     nodes = _nodes(graph)
@@ -62,7 +63,7 @@ def drawing(circuit: Circuit, absolute: bool = False, overlay: Overlay | None = 
         "direct": direct,
         "links": _links(graph, index),
         "omitted": {
-            "kept": int((left & circuit.mask).sum()),
+            "kept": int((left & ~other & circuit.mask).sum()),
             "missed": int((left & other & ~circuit.mask).sum()),
             "shared": int((left & other & circuit.mask).sum()),
             "tested": int((left & ~other & ~circuit.mask).sum()),
@@ -77,11 +78,13 @@ def drawn_edges(circuit: Circuit, absolute: bool, other: np.ndarray) -> np.ndarr
     value = np.abs(circuit.effects) if absolute else circuit.effects
     value = np.where(np.isfinite(value), value, -np.inf)
     rank = np.where(circuit.mask, 2, np.where(other, 1, 0))
-    places = np.flatnonzero(worth.ravel())
+    chosen = worth.copy()
+    chosen[:, : circuit.graph.direct] = False
+    lines = worth & ~chosen
+    places = np.flatnonzero(lines.ravel())
     by = np.lexsort((-value.ravel()[places], -rank.ravel()[places]))
-    chosen = np.zeros(worth.size, dtype=bool)
-    chosen[places[by[:MAX_EDGES]]] = True
-    return chosen.reshape(worth.shape)
+    chosen.ravel()[places[by[:MAX_EDGES]]] = True
+    return chosen
 
 
 def reader(graph: Graph, receiver: Receiver) -> str:

@@ -14,15 +14,15 @@ from pahq.graph import Graph, Sender
 from pahq.model.transformer import Transformer
 from pahq.task.prompts import Prompts
 
-EXAMPLES = 4
+EXAMPLES = 3
 """Examples shown, or fewer where patterns would take more than ``PATTERN_BYTES``."""
 PATTERN_BYTES = 900_000
 TOKENS = 96
 """Of longer prompts only the last tokens are shown."""
 UP, DOWN = 6, 4
 """Words a node raises and lowers most."""
-NODES = 400
-"""Nodes with words at most, the most relevant first: a deep model has thousands."""
+FLOPS, LEAST = 5e10, 24
+"""Work that words may take, a second or two, and nodes that get them whatever it takes; the most relevant first."""
 ROWS = 64
 """Rows of vocabulary logits held at a time."""
 
@@ -50,11 +50,15 @@ def evidence(model: Transformer, prompts: Prompts, graph: Graph, nodes: Mapping[
         shown -= 1
     part, spans = part[:shown], spans[:shown]
     fitting = heads[: PATTERN_BYTES // max(1, 2 * sum(cells[:shown]))]
-    writers = [senders[name] for name in ranked if name in senders][:NODES]
+    writers = [senders[name] for name in ranked if name in senders]
+    room = max(LEAST, int(FLOPS / (2 * shown * 2 * model.config.d_model * model.config.d_vocab_out)))
     runs = {"clean": run(model, part.clean, graph.split_pos), "corrupt": run(model, part.corrupt, graph.split_pos)}
     texts = _Texts(model.tokenizer)
-    words = {name: _words(model, part, one, writers, texts) for name, one in runs.items()}
     notes = []
+    if len(writers) > room:
+        notes.append(f"words of the {room} most relevant nodes only, of {len(writers)}")
+        writers = writers[:room]
+    words = {name: _words(model, part, one, writers, texts) for name, one in runs.items()}
     if len(fitting) < len(heads):
         notes.append(f"attention patterns of the {len(fitting)} most relevant heads only, of {len(heads)}")
     if any(start for start, _ in spans):

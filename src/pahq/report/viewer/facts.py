@@ -25,6 +25,7 @@ def page_data(
         "format": FORMAT,
         "run": {name: config.get(name) for name in _OPTIONS},
         "threshold": threshold_of(circuit, record),
+        "scored": record.get("search", {}).get("selection") is not None,
         "identity": record.get("identity", {}),
         "command": record.get("command"),
         "version": record.get("versions", {}).get("pahq"),

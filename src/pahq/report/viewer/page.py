@@ -22,7 +22,7 @@ def page(data: dict[str, Any]) -> bytes:
 
     Numbers that are not finite become null. Raises PahqError where the installed template is damaged.
     """
-    template = files(__package__).joinpath("template.html").read_text("utf-8")
+    template = files("pahq.report.viewer").joinpath("template.html").read_text("utf-8")
     before, mark, rest = template.partition(f"{_OPEN}{_CLOSE}")
     if not mark:
         raise PahqError("viewer: template.html has no place for data; install pahq anew, or run npm run build again")
