@@ -81,7 +81,7 @@ def _overlay(run: FinishedRun, against: str | PathLike[str] | None, truth: str |
     graph = run.circuit.graph
     if against is not None:
         other = finished_run(against)
-        return Overlay(str(against), moved(other.circuit.graph, other.circuit.mask, graph, str(against)))
+        return Overlay(other.path.resolve().name, moved(other.circuit.graph, other.circuit.mask, graph, str(against)))
     if truth is not None:
         known = load_truth(truth, graph)
         return Overlay(known.name, known.on(graph))

@@ -5,9 +5,12 @@ export interface Point { x: number; y: number }
 const STEP = 46, ROW = 54, GROUPED = 58; // between heads, between layers, and where groups stand between them
 const STRETCH = 4;
 
-/** Positions of the nodes in `used` (all, unless `compact`), by index, stretched towards width / height = `aspect`. */
-export function layout(nodes: NodeFacts[], used: Set<number>, compact: boolean, aspect: number): Map<number, Point> {
-  const places = new Map<number, Point>();
+/**
+ * Positions of the nodes in `used` (all, unless `compact`), by index, and heights of the layers; stretched towards
+ * width / height = `aspect`.
+ */
+export function layout(nodes: NodeFacts[], used: Set<number>, compact: boolean, aspect: number): { places: Map<number, Point>; layers: Map<number, number> } {
+  const places = new Map<number, Point>(), heights = new Map<number, number>();
   const layers = new Map<number, number[]>();
   nodes.forEach((node, at) => {
     if (used.has(at) || !compact) layers.set(node.layer, [...(layers.get(node.layer) ?? []), at]);
@@ -22,6 +25,7 @@ export function layout(nodes: NodeFacts[], used: Set<number>, compact: boolean, 
   const side = ((widest - 1) / 2) * step + Math.max(64, step);
   rows.forEach((row, level) => {
     const y = -level * height, heads = of(row, "head"), groups = of(row, "group");
+    heights.set(row, y);
     const line = (items: number[], at: number, apart: number) =>
       items.forEach((item, place) => places.set(item, { x: (place - (items.length - 1) / 2) * apart, y: at }));
     line(heads, y, step);
@@ -29,7 +33,7 @@ export function layout(nodes: NodeFacts[], used: Set<number>, compact: boolean, 
     line(of(row, "embed", "pos_embed", "logits"), y, Math.max(100, step));
     for (const at of of(row, "mlp")) places.set(at, { x: side, y: y - height * 0.4 });
   });
-  return places;
+  return { places, layers: heights };
 }
 
 /** How far an edge's middle is bent aside: edges up one column would lie on top of each other. */

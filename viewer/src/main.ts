@@ -127,17 +127,20 @@ class Viewer {
   private arrange(): void {
     const { cy, circuit } = this;
     const box = get("graph"), aspect = Math.max(0.6, box.clientWidth / Math.max(1, box.clientHeight));
-    this.places = layout(circuit.nodes, this.placed, !get<HTMLInputElement>("unused").checked, aspect);
+    const laid = layout(circuit.nodes, this.placed, !get<HTMLInputElement>("unused").checked, aspect);
+    this.places = laid.places;
     cy.batch(() => {
       cy.remove("node.layer");
-      const left = margin(this.places), rows = new Map<number, number>();
-      circuit.nodes.forEach((node, at) => {
+      const left = margin(this.places);
+      circuit.nodes.forEach((_, at) => {
         const place = this.places.get(at);
-        if (!place) return;
-        cy.getElementById(`n${at}`).position(place);
-        if (node.kind === "head" || (node.kind === "mlp" && !rows.has(node.layer))) rows.set(node.layer, place.y);
+        if (place) cy.getElementById(`n${at}`).position(place);
       });
-      for (const [layer, y] of rows) cy.add({ data: { id: `layer${layer}`, label: `layer ${layer}` }, classes: "layer", position: { x: left, y } });
+      for (const [layer, y] of laid.layers) {
+        if (layer >= 0 && !circuit.nodes.some((node) => node.kind === "logits" && node.layer === layer)) {
+          cy.add({ data: { id: `layer${layer}`, label: `layer ${layer}` }, classes: "layer", position: { x: left, y } });
+        }
+      }
       for (const edge of circuit.edges) {
         const from = edge.source === null ? undefined : this.places.get(edge.source), to = this.places.get(edge.target);
         if (from && to) cy.getElementById(edge.id).data("bend", bend(from, to, edge.kind));
