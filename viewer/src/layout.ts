@@ -2,7 +2,7 @@
 import type { NodeFacts } from "./model";
 
 export interface Point { x: number; y: number }
-const STEP = 46, ROW = 54, GROUPED = 58; // between heads, between layers, and where groups stand between them
+const STEP = 46, ROW = 50, GROUPED = 50; // between heads, between layers, and where groups stand between them
 const STRETCH = 4;
 
 /**

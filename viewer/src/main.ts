@@ -58,7 +58,7 @@ class Viewer {
 
   private fit(): void {
     this.cy.resize();
-    this.cy.fit(undefined, 36);
+    this.cy.fit(undefined, 20);
   }
 
   private words(): void {
