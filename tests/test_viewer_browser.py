@@ -140,6 +140,7 @@ def addition(circuit: Circuit, mask: np.ndarray) -> set[str]:
 def test_pages_load_without_a_word_in_the_console(browser: Any, pages: Path, name: str) -> None:
     page = Page(browser, pages / f"{name}.html")
     assert page.errors() == []
+    assert ("Colours" in page.text("controls")) == (name == "overlay")
     circuit = made(groups=2 if name == "grouped" else 4)
     kept = addition(circuit, circuit.mask)
     assert page.shown() - page.styled("miss") == kept
