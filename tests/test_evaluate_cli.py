@@ -312,8 +312,10 @@ def test_names_tell_runs_apart(files: Path) -> None:
     assert list(group_names([runs[1], moved]).values()) == ["acdc", "acdc (2)"]
     cut = replace(runs[2], config=replace(runs[2].config, edges=9, select="greedy"))
     assert list(group_names([runs[2], cut]).values()) == ["random"]
-    steps = replace(runs[2], config=replace(runs[2].config, method="eap-ig", method_options={"steps": 9}))
-    assert list(group_names([runs[2], steps]).values()) == ["random", "eap-ig steps=9"]
+    more = {"method": "eap-ig", "method_options": {"steps": 9}}
+    for absolute, name in ((None, "eap-ig steps=9"), (False, "eap-ig signed steps=9")):
+        steps = replace(runs[2], config=replace(runs[2].config, **more, absolute=absolute))
+        assert list(group_names([runs[2], steps]).values()) == ["random", name]
 
 
 BAD: list[tuple[list[object], str]] = [

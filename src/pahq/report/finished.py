@@ -12,6 +12,7 @@ from typing import Any
 from pahq.errors import PahqError
 from pahq.evaluation.circuit import Circuit
 from pahq.files import read_json
+from pahq.method.registry import get_method
 from pahq.report.config import OBJECT, RunConfig
 from pahq.report.folder import RUN_FILE, START_FILE
 
@@ -78,6 +79,9 @@ def finished_run(path: str | PathLike[str]) -> FinishedRun:
 def group_names(runs: Sequence[FinishedRun]) -> dict[str, str]:
     """group -> its name: the method, the policy if it is of low precision, and every option in which groups differ."""
     configs = {run.group: run.config.to_dict() for run in runs}
+    for config in configs.values():  # said where it is not what the method does by itself
+        by_size = get_method(config["method"]).by_size
+        config["absolute"] = None if config["absolute"] == by_size else "signed" if by_size else "absolute"
     options = [name for name in next(iter(configs.values()), {}) if name not in (*SIZES, "select", "method", "policy")]
     odd = [name for name in options if len({tuple(_words(name, c[name])) for c in configs.values()}) > 1]
     names = {}
