@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +14,7 @@ import typer
 from pahq.cli import codes
 from pahq.cli.config_file import take_config
 from pahq.cli.options import method_options, task_options
+from pahq.cli.running import typed
 from pahq.errors import PahqError
 from pahq.files import explain, read_json
 from pahq.report.config import CHOICES, RunConfig
@@ -157,7 +157,7 @@ def discover(
 
     watch = watch_for(quiet=quiet)
     outcome = _continuable(
-        folder, lambda: execute(config, folder, watch=watch, command=_typed(), streams=streams, trace=trace, view=view)
+        folder, lambda: execute(config, folder, watch=watch, command=typed(), streams=streams, trace=trace, view=view)
     )
     _print(outcome, folder, quiet, as_json)
 
@@ -177,7 +177,7 @@ def resume(
 
     watch = watch_for(quiet=quiet)
     outcome = _continuable(
-        str(run), lambda: resume_run(run, watch=watch, command=_typed(), streams=streams, trace=trace, view=view)
+        str(run), lambda: resume_run(run, watch=watch, command=typed(), streams=streams, trace=trace, view=view)
     )
     _print(outcome, str(run), quiet, as_json)
 
@@ -193,11 +193,6 @@ def show(run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
             raise PahqError(f"{run}: this run is not finished; go on with it: pahq resume {run}")
         raise PahqError(f"{run}: there is no finished run ({RUN_FILE} is missing); check the path")
     _summary(Circuit.load(run), read_json(run / RUN_FILE), as_json)
-
-
-def _typed() -> str:
-    """The command as it was typed."""
-    return shlex.join(["pahq", *sys.argv[1:]])
 
 
 def _default_folder(config: RunConfig) -> str:

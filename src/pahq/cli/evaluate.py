@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from pahq.cli.running import guarded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,15 +90,10 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
 def _finish(
     run: Callable[[dict[str, Any]], dict[str, Any]], kind: str, out: str | None, quiet: bool, as_json: bool
 ) -> None:
-    """Runs, prints and names the folder; Ctrl-C ends it with exit code 130, and nothing is written then."""
+    """Runs, prints and names the folder."""
     from pahq.report import evaluation, tables
-    from pahq.report.progress import watch_for
 
-    try:
-        record = run({"watch": watch_for(quiet=quiet), "command": shlex.join(["pahq", *sys.argv[1:]])})
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        raise typer.Exit(130) from None
+    record = guarded(run, quiet)
     if as_json:
         print(json.dumps(tables.as_json(record), indent=1))
     elif not quiet:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pahq.cli.options import task_options
+from pahq.cli.running import guarded
 from pahq.errors import PahqError
 from pahq.report.config import CHOICES, RunConfig
 
@@ -117,7 +116,7 @@ def snr(
 
     from pahq import study
 
-    record = _guarded(lambda how: study.snr(config, folder, edge, **how), quiet)
+    record = guarded(lambda how: study.snr(config, folder, edge, **how), quiet)
     _finish(record, folder, quiet, as_json, _show_snr)
 
 
@@ -159,7 +158,7 @@ def sensitivity(
 
     from pahq import study
 
-    record = _guarded(
+    record = guarded(
         lambda how: study.sensitivity(config, folder, chosen, _list(formats), quantised, tests, budget, run, **how),
         quiet,
     )
@@ -194,7 +193,7 @@ def groups(
 
     from pahq import study
 
-    record = _guarded(lambda how: study.groups(config, folder, heads, tests, chosen, **how), quiet)
+    record = guarded(lambda how: study.groups(config, folder, heads, tests, chosen, **how), quiet)
     _finish(record, folder, quiet, as_json, _show_groups)
 
 
@@ -218,17 +217,6 @@ def _integers(text: str) -> list[int]:
 def _folder(study: str, config: RunConfig, *more: str) -> str:
     parts = ("precision", study, Path(config.model).stem, Path(config.task).stem, *more)
     return str(Path("runs") / re.sub(r"[^\w.-]+", "_", "-".join(parts)))
-
-
-def _guarded(run: Callable[[dict[str, Any]], dict[str, Any]], quiet: bool) -> dict[str, Any]:
-    """Runs a study; Ctrl-C ends it with exit code 130, and nothing is written then."""
-    from pahq.report.progress import watch_for
-
-    try:
-        return run({"watch": watch_for(quiet=quiet), "command": shlex.join(["pahq", *sys.argv[1:]])})
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        raise typer.Exit(130) from None
 
 
 def _finish(

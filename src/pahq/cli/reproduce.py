@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from pahq.cli.codes import INTERRUPTED
+from pahq.cli.running import typed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -196,12 +198,12 @@ def _finish(
     from pahq.reproduction.settings import GridOptions
 
     folder = f"runs/{name}" if out is None else out
-    watch, command = watch_for(quiet=quiet), shlex.join(["pahq", *sys.argv[1:]])
+    watch, command = watch_for(quiet=quiet), typed()
     try:
         record = run(GridOptions(**options), out=folder, watch=watch, command=command)
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on with the runs in {folder}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None
     if as_json:
         print(json.dumps(plain(record), indent=1))
     elif not quiet:

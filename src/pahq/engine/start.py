@@ -18,7 +18,7 @@ def circuit_run(model: Transformer, prompts: Prompts, graph: Graph, mask: np.nda
     mask: bool [n_receivers, n_senders + 1]; reference: the run that the others fall back to. The receivers' inputs
     are not among the values (``attn_in`` and ``mlp_in`` are empty): every head has its own. But ``final`` is.
     """
-    keeper = _Keeper(model, prompts, graph, reference=reference)
+    keeper = _Keeper(model, prompts, graph, reference)
     keeper.logits(mask)
     kept = keeper.kept
     embed, pos = model.embed(prompts.clean)
@@ -33,7 +33,9 @@ def circuit_run(model: Transformer, prompts: Prompts, graph: Graph, mask: np.nda
 class _Keeper(FullEvaluator):
     """Keeps what passes: name -> one value a layer."""
 
+    def __init__(self, model: Transformer, prompts: Prompts, graph: Graph, reference: Run) -> None:
+        super().__init__(model, prompts, graph, reference=reference)
+        self.kept: dict[str, list[Tensor]] = {key: [] for key in ("q", "k", "v", "z", "mlp", "final")}
+
     def _keep(self, name: str, value: Tensor) -> None:
-        if not hasattr(self, "kept"):
-            self.kept: dict[str, list[Tensor]] = {key: [] for key in ("q", "k", "v", "z", "mlp", "final")}
         self.kept[name].append(value)
