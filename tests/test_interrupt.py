@@ -20,7 +20,7 @@ KILLS = [({"policy": "fp32", "threshold": 2e-5}, 20), ({"policy": "pahq", "thres
 SCORING = [
     ({"method": "double", "edges": 50, "method_options": {"pause": 0.01}}, 6),
     ({"method": "edge-pruning", "metric": "logit_diff", "method_options": {"steps": 60}}, 4),
-    ({"method": "exact", "edges": 50, "method_options": {"max_states": 8}}, 4),
+    ({"method": "exact", "edges": 50, "size": (4, 4), "method_options": {"max_states": 8}}, 4),
 ]
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
