@@ -118,6 +118,10 @@ class Page:
             name,
             str(value),
         )
+        # the page prunes in the next frame; this callback was asked for later, and so comes after it
+        self.driver.execute_async_script(
+            "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(done))"
+        )
 
     def key(self, key: str) -> None:
         self.js("document.body.dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0], bubbles: true}))", key)
