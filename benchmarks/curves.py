@@ -57,7 +57,12 @@ def options() -> argparse.Namespace:
     made.add_argument("--metric", default="kl_div", help="of the searches (default %(default)s)")
     made.add_argument("--thresholds", default="0.3,0.1,0.05", help="of the sweeps (default %(default)s)")
     made.add_argument("--sizes", default="50,100,200,500,1000,2000,5000", help="edges (default %(default)s)")
-    made.add_argument("--ranking", choices=("signed", "absolute"), default="signed", help="how scores rank edges")
+    made.add_argument(
+        "--ranking",
+        choices=("signed", "absolute"),
+        default="absolute",
+        help="how scores rank edges (default %(default)s)",
+    )
     made.add_argument("--steps", type=int, help="of trained masks (default: the method's own)")
     made.add_argument("--runs", type=Path, default=Path("runs/curves"), help="folder of the runs (%(default)s)")
     made.add_argument("--resume", action="store_true", help="go on with the runs in that folder")
