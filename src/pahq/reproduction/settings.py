@@ -130,13 +130,6 @@ def attn_only_4l() -> Transformer:
     from pahq.model import load_model
 
     try:
-        from transformer_lens import HookedTransformer  # pyright: ignore[reportMissingImports]  (optional)
-    except ImportError:
-        raise PahqError(
-            "model 'attn-only-4l': TransformerLens, which downloads it, is not installed; "
-            "pip install transformer-lens, or leave docstring out of tasks"
-        ) from None
-    try:
-        return load_model(HookedTransformer.from_pretrained("attn-only-4l"))
-    except OSError as error:
-        raise PahqError(f"model 'attn-only-4l': it cannot be downloaded ({error}); take --offline") from None
+        return load_model("attn-only-4l")
+    except PahqError as error:
+        raise PahqError(f"{error}, leave docstring out of tasks, or take --offline") from None
