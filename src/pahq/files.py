@@ -77,3 +77,38 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise PahqError(f"{path}: holds a JSON {type(value).__name__}, not an object; the file is damaged")
     return value
+
+
+def parse_yaml(text: str, where: str | os.PathLike[str]) -> Any:
+    """Plain values from YAML. Raises PahqError that names ``where`` if it is broken, or a name comes twice."""
+    import yaml
+
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        twice = _twice(node)
+        if twice is not None:
+            raise PahqError(f"{os.fspath(where)}: '{twice}' is there twice; remove one")
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{os.fspath(where)}: line {mark.line + 1}" if mark is not None else os.fspath(where)
+        raise PahqError(f"{place}: broken YAML ({getattr(error, 'problem', None) or error}); mend it") from None
+
+
+def _twice(root: Any) -> str | None:
+    """A name that a mapping in the YAML tree holds twice, of which YAML would keep the last in silence."""
+    left, seen = [root], set[int]()
+    while left:
+        node = left.pop()
+        if node is None or id(node) in seen:  # an anchor may be referred to often, even by itself
+            continue
+        seen.add(id(node))
+        if node.id == "mapping":
+            names = [str(key.value) for key, _ in node.value]
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                return twice
+            left += [value for _, value in node.value]
+        elif node.id == "sequence":
+            left += node.value
+    return None

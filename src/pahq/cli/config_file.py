@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from pahq.errors import PahqError
-from pahq.files import naming
+from pahq.files import naming, parse_yaml
 
 NESTED = ("task_options", "method_options")
 """Options that are objects in a file; on the command line each of their entries is a flag NAME=VALUE."""
@@ -57,7 +57,7 @@ def read_config(path: Path) -> dict[str, Any]:
         data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")
-        content = json.loads(text) if path.suffix.lower() == ".json" else _yaml(text, path)
+        content = json.loads(text) if path.suffix.lower() == ".json" else parse_yaml(text, path)
     except (ValueError, RecursionError) as error:
         raise PahqError(f"{path}: not valid {'JSON' if path.suffix.lower() == '.json' else 'text'} ({error})") from None
     if isinstance(content, dict) and isinstance(content.get("config"), dict):
@@ -65,23 +65,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise PahqError(f"{path}: holds no options; write for example 'threshold: 0.05', or give a run's run.json")
     return content
-
-
-def _yaml(text: str, path: Path) -> Any:
-    import yaml
-
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if isinstance(node, yaml.MappingNode):
-            names = [key.value for key, _ in node.value]
-            twice = next((name for name in names if names.count(name) > 1), None)
-            if twice is not None:
-                raise PahqError(f"{path}: '{twice}' is there twice; remove one")
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}: line {mark.line + 1}" if mark is not None else str(path)
-        raise PahqError(f"{where}: broken YAML ({getattr(error, 'problem', None) or error}); mend it") from None
 
 
 def _nested(path: Path, name: str, value: Any) -> dict[str, Any]:

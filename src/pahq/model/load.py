@@ -40,8 +40,8 @@ def load_model(
 ) -> Transformer:
     """The model that ``spec`` names, ready to run.
 
-    spec: an embedded name (``smollm2-135m``), a name of ``LENS``, a hub id or a local folder in ``transformers``' format, a
-        ``.gguf`` file, a ``transformers`` model object, a TransformerLens model object, or a pair
+    spec: an embedded name (``smollm2-135m``), a name of ``LENS``, a hub id or a local folder in ``transformers``'
+        format, a ``.gguf`` file, a ``transformers`` model object, a TransformerLens model object, or a pair
         (state dict, configuration) in the names of either library.
     fold_ln, center_writing, center_unembed, fold_value_biases: TransformerLens' simplifications of the weights
         (its ``from_pretrained`` makes all four unless told otherwise). They leave log-probabilities as they are.
