@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 import os
 import re
 import sys
@@ -14,13 +14,17 @@ import typer
 from pahq.cli import codes
 from pahq.cli.config_file import take_config
 from pahq.cli.options import method_options, task_options
-from pahq.cli.running import typed
+from pahq.cli.output import Json, Manner, Quiet, fail, failed, tell
+from pahq.cli.running import Interrupted, guarded
 from pahq.errors import PahqError
 from pahq.files import explain, read_json
 from pahq.report.config import CHOICES, RunConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pahq.api import Outcome
+    from pahq.evaluation.circuit import Circuit
 
 app = typer.Typer(
     name="pahq",
@@ -54,13 +58,11 @@ def _choice(option: str) -> str:
     return " or ".join(CHOICES[option])
 
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors (and --json's output).")]
 Streams = Annotated[
     str | None, typer.Option(help="Streams to use: load,low,high (default: all), some of them, or none.")
 ]
 Trace = Annotated[str | None, typer.Option(help="File for a trace of the streams, in Chrome's format.")]
 View = Annotated[bool, typer.Option("--view/--no-view", help="Leave viewer.html in the folder (see 'pahq view').")]
-Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on standard output.")]
 
 
 @app.command()
@@ -153,11 +155,9 @@ def discover(
     folder = _default_folder(config) if out is None else out
 
     from pahq.api import execute
-    from pahq.report.progress import watch_for
 
-    watch = watch_for(quiet=quiet)
-    outcome = _continuable(
-        folder, lambda: execute(config, folder, watch=watch, command=typed(), streams=streams, trace=trace, view=view)
+    outcome = guarded(
+        lambda how: execute(config, folder, streams=streams, trace=trace, view=view, **how), quiet, _left(folder)
     )
     _print(outcome, folder, quiet, as_json)
 
@@ -173,17 +173,17 @@ def resume(
 ) -> None:
     """Go on with a run that was cut short."""
     from pahq.api import resume as resume_run
-    from pahq.report.progress import watch_for
 
-    watch = watch_for(quiet=quiet)
-    outcome = _continuable(
-        str(run), lambda: resume_run(run, watch=watch, command=typed(), streams=streams, trace=trace, view=view)
+    outcome = guarded(
+        lambda how: resume_run(run, streams=streams, trace=trace, view=view, **how), quiet, _left(str(run))
     )
     _print(outcome, str(run), quiet, as_json)
 
 
 @app.command()
-def show(run: Annotated[Path, typer.Argument(help="Folder of a finished run.")], as_json: Json = False) -> None:
+def show(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")], quiet: Quiet = False, as_json: Json = False
+) -> None:
     """Print the summary of a finished run again."""
     from pahq.evaluation.circuit import Circuit
     from pahq.report.folder import RUN_FILE, START_FILE
@@ -192,7 +192,7 @@ def show(run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
         if (run / START_FILE).exists():
             raise PahqError(f"{run}: this run is not finished; go on with it: pahq resume {run}")
         raise PahqError(f"{run}: there is no finished run ({RUN_FILE} is missing); check the path")
-    _summary(Circuit.load(run), read_json(run / RUN_FILE), as_json)
+    _summary(Circuit.load(run), read_json(run / RUN_FILE), str(run), quiet, as_json)
 
 
 def _default_folder(config: RunConfig) -> str:
@@ -212,38 +212,36 @@ def _default_folder(config: RunConfig) -> str:
     return str(Path("runs") / re.sub(r"[^\w.-]+", "_", "-".join(parts)))
 
 
-def _continuable(folder: str, run: Any) -> Outcome:
-    """Runs ``run``; on Ctrl-C says how to go on and leaves with exit code 130."""
+def _left(folder: str) -> Callable[[], str]:
+    """What an interrupted search leaves."""
     from pahq.report.folder import START_FILE
 
-    try:
-        return run()
-    except KeyboardInterrupt:
-        begun = (Path(folder) / START_FILE).exists()
-        hint = f"go on with: pahq resume {folder}" if begun else "nothing was begun"
-        print(f"interrupted; {hint}", file=sys.stderr)
-        raise typer.Exit(codes.INTERRUPTED) from None
+    begun = Path(folder) / START_FILE
+    return lambda: f"go on with: pahq resume {folder}" if begun.exists() else "nothing was begun"
 
 
 def _print(outcome: Outcome, folder: str, quiet: bool, as_json: bool) -> None:
-    if outcome.was_finished and not quiet:
+    known = outcome.was_finished
+    if known and not quiet:
         print(
             f"{folder}: this run is finished; nothing was changed (see it again: pahq show {folder})", file=sys.stderr
         )
-    if as_json or not (quiet or outcome.was_finished):
-        _summary(outcome.circuit, outcome.record, as_json)
-        if not as_json:
-            print(f"written: {folder}")
+    _summary(outcome.circuit, outcome.record, folder, quiet or known, as_json, written=None if known else folder)
 
 
-def _summary(circuit: Any, record: dict[str, Any], as_json: bool) -> None:
+def _summary(
+    circuit: Circuit, record: dict[str, Any], folder: str, quiet: bool, as_json: bool, written: str | None = None
+) -> None:
     from pahq.report import summary
 
     try:
-        if as_json:
-            print(json.dumps(summary.as_json(circuit, record), indent=1))
-        else:
-            summary.show(circuit, record)
+        tell(
+            {"run": folder, **summary.as_json(circuit, record)},
+            lambda console: summary.show(circuit, record, console),
+            quiet=quiet,
+            as_json=as_json,
+            written=written,
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise PahqError(f"run.json or circuit.json: {error} is missing or damaged; run the search anew") from error
 
@@ -275,35 +273,36 @@ _add_others()
 
 def main() -> None:
     """Entry point: runs the command; every error a user can cause becomes one line and an exit code (see ``codes``)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the reader's encoding lacks ends no command
+        sys.stdout.reconfigure(errors="replace")
+    manner = Manner("--json" in sys.argv[1:])
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, obj=manner)
     except PahqError as error:
-        code = _fail(str(error))
+        code = fail(str(error), codes.REFUSED, manner.as_json)
     except BrokenPipeError:  # the reader of our output (head, less) had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = codes.DONE
     except OSError as error:
-        code = _fail(explain(error))
+        code = fail(explain(error), codes.REFUSED, manner.as_json)
+    except Interrupted as error:
+        code = fail(str(error), codes.INTERRUPTED, manner.as_json)
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
-        code = codes.INTERRUPTED
+        code = fail("interrupted", codes.INTERRUPTED, manner.as_json)
     except Exception as error:
         if not isinstance(error, _ClickException):
+            if manner.as_json:
+                failed(f"{type(error).__name__}: {error}", codes.BUG)
             raise
-        code = _usage(error)
+        code = _usage(error, manner.as_json)
     sys.exit(code or codes.DONE)
 
 
-def _usage(error: Any) -> int:
+def _usage(error: Any, as_json: bool) -> int:
     message = error.format_message().rstrip(".")
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "pahq"
     if not message or type(error).__name__ == "NoArgsIsHelpError":
         print(message)
         return codes.DONE
-    return _fail(f"{message} (see '{path} --help')")
-
-
-def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return codes.REFUSED
+    return fail(f"{message} (see '{path} --help')", codes.REFUSED, as_json)

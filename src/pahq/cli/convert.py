@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pahq.cli.output import Json, Quiet, tell
 from pahq.errors import PahqError
 
 if TYPE_CHECKING:
@@ -36,23 +36,21 @@ def convert(
         str | None, typer.Option(help="A run or circuit whose graph (model, kinds of edges) the circuit is to have.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and what was lost.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON on standard output.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Read and write the circuits and prompts of EAP-IG, MIB, ACDC and AutoCircuit.
 
-    What a format cannot hold is listed on standard error.
+    What a format cannot hold is listed on standard error, with --quiet, too.
     """
     from pahq.report.interchange import convert as run
 
     done = run(source, target, read_as, write_as, _graph(model, like), replace=force)
     for line in done.lost:
-        print(f"not kept: {line}", file=sys.stderr)  # whatever else is printed
-    if as_json:
-        print(json.dumps(asdict(done), indent=1))
-    elif not quiet:
-        what = f"circuit of {done.count:,} edges" if done.what == "circuit" else f"{done.count:,} prompt pairs"
-        print(f"written: {target} ({what}, {done.read_as} to {done.written_as})")
+        print(f"not kept: {line}", file=sys.stderr)  # whatever else is printed: a loss is to be known
+    what = f"circuit of {done.count:,} edges" if done.what == "circuit" else f"{done.count:,} prompt pairs"
+    written = f"{target} ({what}, {done.read_as} to {done.written_as})"
+    tell(asdict(done), lambda _: None, quiet=quiet, as_json=as_json, written=written)
 
 
 def _graph(model: str | None, like: str | None) -> Graph | None:

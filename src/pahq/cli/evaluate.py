@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pahq.cli.output import Json, Quiet, tell
 from pahq.cli.running import guarded
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ Level = Annotated[float, typer.Option(help="Level of confidence intervals.")]
 Seed = Annotated[int, typer.Option(help="Seed of resamples, knock-outs and random circuits.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, … (default: the run's).")]
 Out = Annotated[str | None, typer.Option(help="Folder for JSON, CSV and plots (default: none is written).")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors (and --json's output).")]
-Json = Annotated[bool, typer.Option("--json", help="Print all figures as JSON on standard output.")]
 
 
 def evaluate(
@@ -91,12 +89,7 @@ def _finish(
     run: Callable[[dict[str, Any]], dict[str, Any]], kind: str, out: str | None, quiet: bool, as_json: bool
 ) -> None:
     """Runs, prints and names the folder."""
-    from pahq.report import evaluation, tables
+    from pahq.report import evaluation
 
     record = guarded(run, quiet)
-    if as_json:
-        print(json.dumps(tables.as_json(record), indent=1))
-    elif not quiet:
-        evaluation.show(record, kind)
-        if out is not None:
-            print(f"written: {out}")
+    tell(record, lambda console: evaluation.show(record, kind, console), quiet=quiet, as_json=as_json, written=out)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import MISSING, Field, fields
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from pahq.cli.output import Json, Quiet, tell
 from pahq.method.registry import METHODS, Method
 
-
-def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the methods with their options and defaults (for --method-option)."""
-    if as_json:
-        typer.echo(json.dumps([_facts(method) for method in METHODS.values()], indent=1))
-        return
+if TYPE_CHECKING:
     from rich.console import Console
+
+
+def methods(quiet: Quiet = False, as_json: Json = False) -> None:
+    """List the methods with their options and defaults (for --method-option)."""
+    tell([_facts(method) for method in METHODS.values()], _show, quiet=quiet, as_json=as_json)
+
+
+def _show(console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -27,7 +28,7 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
         options = _facts(method)["options"]
         shown = " ".join(f"{name}={_word(value)}" for name, value in options.items())
         table.add_row(method.name, method.family, Text(method.about + (f"\n  {shown}" if shown else "")))
-    Console(highlight=False).print(table)
+    console.print(table)
 
 
 def _facts(method: Method) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pahq.cli import codes
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -65,13 +67,16 @@ def document(value: Any) -> None:
     print(json.dumps(plain(value), indent=1, allow_nan=False))
 
 
-def fail(message: str, code: int, kind: str, as_json: bool) -> int:
-    """One line on standard error, with ``--json`` a document as well; -> the exit code.
+def failed(message: str, code: int) -> None:
+    """Prints the document of a command that failed: ``kind`` is ``bug``, ``refused`` or ``interrupted``."""
+    kind = {codes.BUG: "bug", codes.INTERRUPTED: "interrupted"}.get(code, "refused")
+    document({"error": {"kind": kind, "code": code, "message": message}})
 
-    kind: ``refused``, ``interrupted`` or ``bug``.
-    """
+
+def fail(message: str, code: int, as_json: bool) -> int:
+    """One line on standard error, and with ``--json`` a document, too; -> the exit code."""
     message = " ".join(message.split())
-    print(f"error: {message}" if kind == "refused" else message, file=sys.stderr)
+    print(message if code == codes.INTERRUPTED else f"error: {message}", file=sys.stderr)
     if as_json:
-        print(json.dumps({"error": {"kind": kind, "code": code, "message": message}}, indent=1))
+        failed(message, code)
     return code

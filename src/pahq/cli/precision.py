@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pahq.cli.options import task_options
+from pahq.cli.output import Json, Quiet, tell
 from pahq.cli.running import guarded
 from pahq.errors import PahqError
 from pahq.report.config import CHOICES, RunConfig
@@ -17,10 +17,9 @@ from pahq.report.config import CHOICES, RunConfig
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from pahq.report.tables import Column
+    from rich.console import Console
 
-WIDE = 140
-"""Columns of a table where no terminal limits it."""
+    from pahq.report.tables import Column
 
 precision_app = typer.Typer(help="What low precision does to a model's edges.", no_args_is_help=True)
 
@@ -40,25 +39,26 @@ TaskOption = Annotated[
     list[str] | None, typer.Option(help="An option of the task, NAME=VALUE, such as templates=8; repeat for more.")
 ]
 Out = Annotated[str | None, typer.Option(help="Folder for CSV, plot and run.json (default: runs/precision-…).")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors (and --json's output).")]
-Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON on standard output.")]
 
 
-def policies(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def policies(quiet: Quiet = False, as_json: Json = False) -> None:
     """The precision policies (component kind by format), and the formats."""
     from pahq.precision.formats import FORMATS
+    from pahq.precision.policy import POLICIES
+
+    known = [policy.to_dict() | {"about": about} for policy, about in POLICIES.values()]
+    formats = [
+        {"name": f.name, "bits": f.bits, "scaled": f.scaled, "largest": f.largest, "about": f.about}
+        for f in FORMATS.values()
+    ]
+    tell({"policies": known, "formats": formats}, _show_policies, quiet=quiet, as_json=as_json)
+
+
+def _show_policies(console: Console) -> None:
+    from rich.console import Group
+
+    from pahq.precision.formats import FORMATS
     from pahq.precision.policy import KINDS, POLICIES
-
-    if as_json:
-        known = [policy.to_dict() | {"about": about} for policy, about in POLICIES.values()]
-        formats = [
-            {"name": f.name, "bits": f.bits, "scaled": f.scaled, "largest": f.largest, "about": f.about}
-            for f in FORMATS.values()
-        ]
-        print(json.dumps({"policies": known, "formats": formats}, indent=1))
-        return
-    from rich.console import Console, Group
-
     from pahq.report.tables import Column, screen
 
     shown = {"attention": ("q", "k", "v", "o"), "mlp": ("mlp",), "unembed": ("unembed",), "embed": ("embed",)}
@@ -88,7 +88,7 @@ def policies(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")
     abouts = screen(rows, [Column("name", "policy", left=True), Column("about", "", left=True)])
     of_format = [Column("name", "format", left=True), Column("bits", "bits"), Column("scale", "scaled", left=True)]
     of_format += [Column("largest", "largest"), Column("about", "", left=True)]
-    Console(highlight=False).print(Group(table, notes, "", abouts, own, "", screen(formats, of_format)), markup=False)
+    console.print(Group(table, notes, "", abouts, own, "", screen(formats, of_format)))
 
 
 @precision_app.command()
@@ -220,33 +220,34 @@ def _folder(study: str, config: RunConfig, *more: str) -> str:
 
 
 def _finish(
-    record: dict[str, Any], folder: str, quiet: bool, as_json: bool, show: Callable[[dict[str, Any]], None]
+    record: dict[str, Any], folder: str, quiet: bool, as_json: bool, show: Callable[[Console, dict[str, Any]], None]
 ) -> None:
-    if as_json:
-        from pahq.report import tables
+    tell(
+        record,
+        lambda console: show(console, record["figures"]),
+        quiet=quiet,
+        as_json=as_json,
+        written=folder,
+    )
 
-        print(json.dumps(tables.as_json(record), indent=1))
-    elif not quiet:
-        show(record["figures"])
-        print(f"written: {folder}")
 
-
-def _print(rows: Sequence[dict[str, Any]], columns: Sequence[Column], before: str = "", after: str = "") -> None:
-    from rich.console import Console
-
+def _print(
+    console: Console,
+    rows: Sequence[dict[str, Any]],
+    columns: Sequence[Column],
+    before: str = "",
+    after: str = "",
+) -> None:
     from pahq.report.tables import screen
 
-    console = Console(highlight=False)
-    if not console.is_terminal:  # a file or a pipe has room for whole rows
-        console = Console(highlight=False, width=max(console.width, WIDE))
     if before:
-        console.print(before, markup=False, style="bold")
+        console.print(before, style="bold")
     console.print(screen(rows, columns))
     if after:
-        console.print(after, markup=False)
+        console.print(after)
 
 
-def _show_snr(figures: dict[str, Any]) -> None:
+def _show_snr(console: Console, figures: dict[str, Any]) -> None:
     from pahq.report.tables import Column, decimals, number
 
     names = list(figures["effects"])[1:] or ["fp32"]
@@ -260,6 +261,7 @@ def _show_snr(figures: dict[str, Any]) -> None:
     columns += [Column(f"{name} read", f"({i}) read", decimals(1)) for i, name in enumerate(names, 1)]
     key = [f"({i}) {name}: effect {figures['effects'][name]:.4g}" for i, name in enumerate(names, 1)]
     _print(
+        console,
         list(cells.values()),
         columns,
         f"{figures['edge']}: effect {figures['effects']['fp32']:.4g} in FP32 ({figures['why']})",
@@ -279,13 +281,14 @@ def _agreement() -> list[Column]:
     ]
 
 
-def _show_sensitivity(figures: dict[str, Any]) -> None:
+def _show_sensitivity(console: Console, figures: dict[str, Any]) -> None:
     from pahq.report.tables import Column, decimals, mebibytes
 
     names = [Column("kind", "component", left=True), Column("format", "format", left=True)]
     names.append(Column("quantised", "quantised", left=True))
     cost = [Column("bytes", "weights, MiB", mebibytes), Column("time_ratio", "time / FP32", decimals(2))]
     _print(
+        console,
         figures["rows"],
         [*names, *_agreement(), *cost],
         f"{figures['tests']:,} of {figures['sweep_tests']:,} tests of an FP32 sweep; FP32 weights "
@@ -298,8 +301,9 @@ def _show_sensitivity(figures: dict[str, Any]) -> None:
         + f" ({mebibytes(choice['bytes'])} of {mebibytes(choice['budget'])} MiB)"
         for choice in figures["choices"]
     ]
-    print()
+    console.print()
     _print(
+        console,
         rows,
         [Column("name", "recommended", left=True), *_agreement(), *cost],
         after="\n".join(tables) + "\nrule: from FP32, always the change that adds least squared error for each byte "
@@ -307,13 +311,14 @@ def _show_sensitivity(figures: dict[str, Any]) -> None:
     )
 
 
-def _show_groups(figures: dict[str, Any]) -> None:
+def _show_groups(console: Console, figures: dict[str, Any]) -> None:
     from pahq.report.tables import Column, decimals, mebibytes
 
     columns = [Column("quantised", "quantised", left=True), Column("group", "FP32 heads"), Column("passes", "passes")]
     columns += [Column("bytes_high", "their MiB", mebibytes), Column("bytes", "all weights", mebibytes)]
     columns += [Column("seconds_base", "base s", decimals(2)), Column("seconds_scoring", "scoring s", decimals(2))]
     _print(
+        console,
         figures["rows"],
         [*columns, *_agreement()],
         f"{figures['edges']} edges into {len(figures['heads'])} heads, each removed from the full model; FP32: "

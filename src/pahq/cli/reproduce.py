@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pahq.cli.codes import INTERRUPTED
-from pahq.cli.running import typed
+from pahq.cli.codes import PARTLY
+from pahq.cli.output import Json, Quiet, tell
+from pahq.cli.running import guarded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pahq.report.tables import Column, Row
+    from rich.console import Console
 
-WIDE = 160
-"""Columns of a table where no terminal limits it."""
+    from pahq.report.tables import Column, Row
 
 reproduce_app = typer.Typer(
     help="Run the published comparison again: its tables and figures, measured beside published.", no_args_is_help=True
@@ -38,8 +36,6 @@ Model = Annotated[str | None, typer.Option(help="In place of gpt2 (offline: smol
 Task = Annotated[str | None, typer.Option(help="In place of ioi.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, …")]
 Out = Annotated[str | None, typer.Option(help="Folder of runs, JSON and CSV (default: runs/NAME). Finished runs stay.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors (and --json's output).")]
-Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON on standard output.")]
 
 
 @reproduce_app.command()
@@ -165,7 +161,7 @@ def gpt2_ioi(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Sizes and KL of GPT-2's IOI circuits beside ACDC's published ones; exit code 1 where one lies outside."""
+    """Sizes and KL of GPT-2's IOI circuits beside ACDC's published ones; exit code 3 where one lies outside."""
     options = _words(locals(), ())
 
     def run(how: Any, **rest: Any) -> Row:
@@ -175,7 +171,7 @@ def gpt2_ioi(
 
     record = _finish("gpt2-ioi", options, run, out, quiet, as_json)
     if any(row["within"] is False for row in record["rows"]):
-        raise typer.Exit(1)
+        raise typer.Exit(PARTLY)
 
 
 def _words(given: dict[str, Any], lists: tuple[str, ...]) -> dict[str, Any]:
@@ -193,28 +189,19 @@ def _finish(
     name: str, options: dict[str, Any], run: Callable[..., Row], out: str | None, quiet: bool, as_json: bool
 ) -> Row:
     """Runs, prints, names the folder. Ctrl-C leaves the finished runs, with which the same command goes on."""
-    from pahq.report.progress import watch_for
-    from pahq.report.tables import as_json as plain
     from pahq.reproduction.settings import GridOptions
 
     folder = f"runs/{name}" if out is None else out
-    watch, command = watch_for(quiet=quiet), typed()
-    try:
-        record = run(GridOptions(**options), out=folder, watch=watch, command=command)
-    except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on with the runs in {folder}", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
-    if as_json:
-        print(json.dumps(plain(record), indent=1))
-    elif not quiet:
-        _show(record)
-        print(f"written: {folder}")
+    record = guarded(
+        lambda how: run(GridOptions(**options), out=folder, **how),
+        quiet,
+        lambda: f"the same command goes on with the runs in {folder}",
+    )
+    tell(record, lambda console: _show(console, record), quiet=quiet, as_json=as_json, written=folder)
     return record
 
 
-def _show(record: Row) -> None:
-    from rich.console import Console
-
+def _show(console: Console, record: Row) -> None:
     from pahq.report.tables import Column, decimals, mebibytes, number, screen
 
     def size(value: int | None) -> str:
@@ -231,22 +218,20 @@ def _show(record: Row) -> None:
     shows |= dict.fromkeys(("kept_of_fp32", "precision", "same_decisions"), share)
     shows |= {"rank_correlation": three, "paper_memory_share": two}
 
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=WIDE)
     for part in ("rows", "auc"):
         rows = record.get(part)
         if rows:
             columns = [_column(key, shows.get(key, three if "auc" in key else None), Column) for key in rows[0]]
             console.print(screen(rows, columns))
     for cell, reason in record["failures"].items():
-        console.print(f"failed: {cell}: {reason}", markup=False)
+        console.print(f"failed: {cell}: {reason}")
     about = record.get("about", {})
     if about:
-        console.print(", ".join(f"{key} {value}" for key, value in about.items() if key in _TOLD), markup=False)
+        console.print(", ".join(f"{key} {value}" for key, value in about.items() if key in _TOLD))
     if "tolerance" in record:
         tolerance = record["tolerance"]
         console.print(f"within: {tolerance['edges']:.0%} of the edges and {tolerance['kl']:.0%} of the KL published")
-    console.print(record["paper"], markup=False)
+    console.print(record["paper"])
 
 
 _TOLD = ("model", "task", "threshold", "reference_threshold", "how", "batch", "tokens", "edges")

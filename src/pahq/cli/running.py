@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import typer
 
-from pahq.cli.codes import INTERRUPTED
+class Interrupted(Exception):
+    """Ctrl-C. Its text is what the user is told: what is left of the work, and how to go on with it."""
 
 
 def typed() -> str:
@@ -17,12 +17,16 @@ def typed() -> str:
     return shlex.join(["pahq", *sys.argv[1:]])
 
 
-def guarded(run: Callable[[dict[str, Any]], dict[str, Any]], quiet: bool) -> dict[str, Any]:
-    """Calls ``run`` with a watch and the command; Ctrl-C ends it, and nothing is written then."""
+def guarded(
+    run: Callable[[dict[str, Any]], Any], quiet: bool, left: Callable[[], str] = lambda: "nothing was written"
+) -> Any:
+    """Calls ``run`` with a watch and the command. left: says after Ctrl-C what there is of the work.
+
+    Raises Interrupted.
+    """
     from pahq.report.progress import watch_for
 
     try:
         return run({"watch": watch_for(quiet=quiet), "command": typed()})
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
+        raise Interrupted(f"interrupted; {left()}") from None

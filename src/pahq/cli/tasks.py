@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pahq.cli.options import task_options
+from pahq.cli.output import Json, Quiet, tell
 from pahq.errors import PahqError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.text import Text
 
     from pahq.task import Prompts, Task
@@ -23,29 +24,35 @@ tasks_app = typer.Typer(help="List the tasks, or show one as a model sees it.", 
 
 
 @tasks_app.callback(invoke_without_command=True)
-def default(context: typer.Context) -> None:
+def default(context: typer.Context, quiet: Quiet = False, as_json: Json = False) -> None:
     """List the tasks, or show one as a model sees it."""
     if context.invoked_subcommand is None:
-        list_command()
+        list_command(quiet, as_json)
+    elif quiet or as_json:
+        flag = "--json" if as_json else "--quiet"
+        raise PahqError(f"{flag}: it stands before '{context.invoked_subcommand}'; write it behind")
 
 
 @tasks_app.command("list")
-def list_command() -> None:
+def list_command(quiet: Quiet = False, as_json: Json = False) -> None:
     """Names, descriptions and default metrics of the built-in tasks."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     from pahq.task import list_tasks
+
+    names = ("name", "default_metric", "description")
+    rows = [{name: getattr(task, name) for name in names} for task in list_tasks()]
+    tell(rows, lambda console: _print_list(console, rows), quiet=quiet, as_json=as_json)
+
+
+def _print_list(console: Console, rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("task", "default metric", "what it asks"):
         table.add_column(title, no_wrap=title != "what it asks")
-    for task in list_tasks():
-        table.add_row(task.name, task.default_metric, Text(task.description))
-    console = Console(highlight=False)
+    for row in rows:
+        table.add_row(*row.values())
     console.print(table)
-    console.print("\nAlso: a .jsonl or .csv file with clean, corrupt, answers and wrong_answers.", markup=False)
+    console.print("\nAlso: a .jsonl or .csv file with clean, corrupt, answers and wrong_answers.")
 
 
 @tasks_app.command("show")
@@ -60,7 +67,8 @@ def show(
     task_option: Annotated[
         list[str] | None, typer.Option(help="An option of the task, NAME=VALUE, such as templates=8; repeat for more.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Prompts with the tokens marked where clean and corrupt differ, and how well the model does on both."""
     from pahq.model import load_model
@@ -72,10 +80,7 @@ def show(
     prompts = _as_many_as(task, loaded, n, seed, split)
     report = _measure(task, loaded, prompts) | {"split": split, "seed": seed}
     shown = [_pair(loaded.tokenizer, prompts, row) for row in range(n)]
-    if as_json:
-        typer.echo(json.dumps(report | {"prompts": shown}, indent=1))
-    else:
-        _print(report, shown)
+    tell(report | {"prompts": shown}, lambda console: _print(console, report, shown), quiet=quiet, as_json=as_json)
 
 
 def _as_many_as(task: Task, model: Any, n: int, seed: int, split: str) -> Prompts:
@@ -126,12 +131,10 @@ def _pair(tokenizer: Any, prompts: Prompts, row: int) -> dict[str, Any]:
     }
 
 
-def _print(report: dict[str, Any], shown: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True)
-    colour = console.is_terminal and not console.no_color
-    console.print(f"{report['task']}: {report['description']}", markup=False)
+def _print(console: Console, report: dict[str, Any], shown: list[dict[str, Any]]) -> None:
+    console.soft_wrap = True  # prompts stay whole, to be copied
+    colour = console.color_system is not None
+    console.print(f"{report['task']}: {report['description']}")
     for number, pair in enumerate(shown, 1):
         console.print()
         for side, style in (("clean", "bold green"), ("corrupt", "bold red")):
@@ -139,18 +142,16 @@ def _print(report: dict[str, Any], shown: list[dict[str, Any]]) -> None:
         answers = f"    answer   {_few(pair['answers'])}"
         if pair["wrong_answers"]:
             answers += f", not {_few(pair['wrong_answers'])}"
-        console.print(answers, markup=False)
+        console.print(answers)
     console.print()
     console.print(
         f"{report['model']} on {report['examples']} examples of split {report['split']} (seed {report['seed']}), "
         f"{report['tokens']} tokens each:",
-        markup=False,
     )
     for side in ("clean", "corrupt"):
         console.print(
             f"  {side:<8} accuracy {report['accuracy'][side]:.2f}   "
             f"logit difference {report['logit_difference'][side]:+.2f}",
-            markup=False,
         )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from pahq.cli.output import Json, Quiet, tell
+from pahq.cli.running import guarded
 
 
 def view(
@@ -23,24 +25,21 @@ def view(
     model: Annotated[
         bool, typer.Option("--model/--no-model", help="Load the model where patterns and words are not there yet.")
     ] = True,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print nothing but errors (and --json's output).")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print file and size as JSON on standard output.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Write a circuit as one HTML page: threshold slider, paths, attention patterns, words, a second circuit."""
     from pahq.report.progress import watch_for
     from pahq.viewing import view as write
 
-    watch = watch_for(quiet=quiet)
-    path = write(run, out, against=against, truth=truth, with_model=model, watch=watch)
+    path = guarded(
+        lambda how: write(run, out, against=against, truth=truth, with_model=model, watch=how["watch"]), quiet
+    )
     size = path.stat().st_size
-    if as_json:
-        print(json.dumps({"file": str(path), "bytes": size}, indent=1))
-    elif not quiet:
-        print(f"written: {path} ({size / 1e6:.1f} MB)")
+    facts = {"file": str(path), "bytes": size}
+    tell(facts, lambda _: None, quiet=quiet, as_json=as_json, written=f"{path} ({size / 1e6:.1f} MB)")
     if open_it:
         import webbrowser
 
         if not webbrowser.open(path.resolve().as_uri()):
-            watch.say(f"note: no browser could be started; open {path} yourself")
+            watch_for(quiet=quiet).say(f"note: no browser could be started; open {path} yourself")

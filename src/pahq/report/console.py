@@ -13,9 +13,9 @@ WIDE = 1000
 """Columns where no terminal limits a line: a file or a pipe gets whole rows, as wide as they are and no wider."""
 
 
-def is_terminal(stream: TextIO) -> bool:
+def is_terminal(stream: TextIO | None) -> bool:
     """Whether a person sees ``stream`` as it is written."""
-    return stream.isatty()
+    return stream is not None and stream.isatty()
 
 
 def is_dumb() -> bool:

@@ -8,11 +8,10 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
+from pahq.report.console import make_console
 from pahq.report.progress import as_time
 from pahq.report.tables import Column, Row, decimals, plain, screen
 
-WIDE = 160
-"""Columns where no terminal limits a table."""
 FIGURES = ("metric", "recovered", "kl", "accuracy")
 
 
@@ -63,9 +62,7 @@ def curve_rows(record: Row) -> list[Row]:
 
 def show(record: Row, kind: str, console: Console | None = None) -> None:
     """Prints an ``evaluation`` or a ``comparison`` to ``console`` (standard output by default)."""
-    console = Console(highlight=False) if console is None else console
-    if not console.is_terminal:  # a file or a pipe has room for whole rows
-        console = Console(highlight=False, width=max(console.width, WIDE), file=console.file)
+    console = make_console() if console is None else console
     parts = _comparison(record) if kind == "comparison" else _evaluation(record)
     parts += [Text(f"note: {note}") for note in record["notes"]]
     console.print(Group(*parts))

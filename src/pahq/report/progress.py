@@ -9,6 +9,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, TextIO
 
+from pahq.report.console import is_dumb, is_terminal, make_console
+
 if TYPE_CHECKING:
     from pahq.method.acdc import Progress
 
@@ -42,7 +44,7 @@ def watch_for(stream: TextIO | None = None, quiet: bool = False) -> Watch:
     stream = sys.stderr if stream is None else stream
     if quiet or stream is None:  # a process without a console has no standard error
         return Watch()
-    return LiveWatch(stream) if stream.isatty() else PlainWatch(stream)
+    return LiveWatch(stream) if is_terminal(stream) and not is_dumb() else PlainWatch(stream)
 
 
 class TimeLeft:
@@ -95,9 +97,7 @@ class LiveWatch(Watch):
     """A bar with edges tested, kept, the current metric and the time left."""
 
     def __init__(self, stream: TextIO) -> None:
-        from rich.console import Console
-
-        self.console = Console(file=stream)
+        self.console = make_console(stream)
         self.bar: Any = None
 
     def say(self, text: str) -> None:

@@ -10,12 +10,13 @@ from rich.text import Text
 
 from pahq.evaluation.circuit import Circuit
 from pahq.report import precision
+from pahq.report.console import make_console
 from pahq.report.progress import as_time
 
 
 def show(circuit: Circuit, record: dict[str, Any], console: Console | None = None) -> None:
     """Prints size, behaviour, work done and the ten largest edges to ``console`` (standard output by default)."""
-    console = Console() if console is None else console
+    console = make_console() if console is None else console
     console.print(summary(circuit, record), highlight=False)
 
 
