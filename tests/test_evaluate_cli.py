@@ -267,7 +267,7 @@ def test_a_truth_brings_its_own_model_and_prompts(tmp_path: Path, monkeypatch: p
         built.append(name)
         return Truth(name, "", graph, circuit.mask, get_model=lambda: model, get_task=lambda: task)
 
-    monkeypatch.setattr("pahq.assessment.load_truth", load)
+    monkeypatch.setattr("pahq.report.references.load_truth", load)
     record = package.compare([tmp_path / "0.1", tmp_path / "0.01"], truth="known", bootstrap=0)
     assert built == ["known"]
     assert record["roc"][0]["edges"]["auc"] == 1

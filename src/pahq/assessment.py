@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,27 +13,26 @@ import numpy as np
 
 from pahq.errors import PahqError
 from pahq.evaluation import faithfulness, mib
-from pahq.evaluation.agreement import agreement, check_same
+from pahq.evaluation.agreement import agreement
 from pahq.evaluation.baseline import random_circuits
 from pahq.evaluation.bootstrap import Bootstrap
 from pahq.evaluation.circuit import Circuit
 from pahq.evaluation.examples import Examples
 from pahq.evaluation.knockouts import Unit, completeness, minimality, parts_of
-from pahq.evaluation.reference import Reference, areas, beside, is_ranking
-from pahq.evaluation.truth.base import Truth, load_truth
+from pahq.evaluation.reference import Reference, beside, is_ranking
 from pahq.held_out import HeldOut
 from pahq.inputs import task_options, timestamp
 from pahq.report import evaluation_plots, machine, plots
 from pahq.report.evaluation import curve_rows, flat
 from pahq.report.finished import FinishedRun, finished_run, group_names, run_names
 from pahq.report.progress import Watch
+from pahq.report.references import RANKINGS, other_run, reference_of, roc_of, truths_of
 from pahq.report.results import ResultFolder
 from pahq.task import Task
 from pahq.task.base import SPLITS
 
 Folder = str | PathLike[str]
 SPLIT_NAMES = (*SPLITS, "all")
-RANKINGS = ("absolute", "signed")
 RULES = ("top", "greedy")
 
 
@@ -173,9 +171,9 @@ def _assess(
 ) -> dict[str, Any]:
     watch = Watch() if watch is None else watch
     began, started = time.perf_counter(), timestamp()
-    other = None if how.against is None else finished_run(how.against)
-    truths = _truths(runs, how.truth)
-    references = [_reference(run, truth, other) for run, truth in zip(runs, truths, strict=True)]
+    other = other_run(how.truth, how.against)
+    truths = truths_of(runs, how.truth)
+    references = [reference_of(run, truth, other) for run, truth in zip(runs, truths, strict=True)]
     truth = truths[0]
     if truth is not None and any(run.on_objects for run in runs):  # runs on a truth's own model and prompts
         model = truth.model() if model is None and truth.get_model is not None else model
@@ -190,19 +188,19 @@ def _assess(
             bench.begin(name)
             rows.append({"name": name} | _figures(run, bench, how, reference, other))
         bench.end()
-        curves = _roc(runs, references, how)
+        curves, groups = roc_of(runs, references, how.ranking == "absolute"), group_names(runs)
         for row, run in zip(rows, runs, strict=True):
-            row["group"] = curves["names"][run.group]
+            row["group"] = groups[run.group]
         if kind == "comparison":
-            rows.sort(key=lambda row: _merit(row, curves["roc"]))
+            rows.sort(key=lambda row: _merit(row, curves))
         order = list(dict.fromkeys(row["group"] for row in rows))
         record = {
             "command": command,
             "options": asdict(how),
             "runs": rows,
-            "roc": sorted(curves["roc"], key=lambda curve: order.index(curve["name"])),
+            "roc": sorted(curves, key=lambda curve: order.index(curve["name"])),
             "agreement": _pairs(runs, names) if kind == "comparison" else [],
-            "notes": _notes(runs, rows, curves["roc"], how),
+            "notes": _notes(runs, rows, curves, how),
             "versions": machine.versions(),
             "commit": machine.commit(),
             "machine": bench.machine,
@@ -220,32 +218,6 @@ def _assess(
             folder.discard()
         raise
     return record
-
-
-def _truths(runs: Sequence[FinishedRun], name: str | None) -> list[Truth | None]:
-    """The truth for each run, read once for runs on one graph (only a file may need the graph to be read)."""
-    found: dict[str, Truth] = {}
-    truths: list[Truth | None] = []
-    for run in runs:
-        graph = run.circuit.graph
-        key = (
-            json.dumps([graph.config.to_dict(), graph.options()], sort_keys=True) if str(name).endswith(".json") else ""
-        )
-        if name is not None and key not in found:
-            found[key] = load_truth(name, graph)
-        truths.append(None if name is None else found[key])
-    return truths
-
-
-def _reference(run: FinishedRun, truth: Truth | None, other: FinishedRun | None) -> Reference | None:
-    """What the run is held against, on its own graph."""
-    graph = run.circuit.graph
-    if truth is not None:
-        return Reference(truth.name, graph, truth.on(graph))
-    if other is None:
-        return None
-    check_same(graph, other.circuit.graph, (str(run.path), str(other.path)))
-    return Reference(str(other.path), graph, other.circuit.mask)
 
 
 def _scores(circuit: Circuit) -> dict[str, np.ndarray]:
@@ -327,25 +299,6 @@ def _over_sizes(circuit: Circuit, examples: Examples, rule: str) -> dict[str, An
 def _area(of: Callable[[Sequence[float]], float], points: Sequence[dict[str, Any]]) -> float | None:
     values = [point["recovered"] for point in points]
     return None if None in values else of(values)
-
-
-def _roc(runs: Sequence[FinishedRun], references: Sequence[Reference | None], how: EvaluationOptions) -> dict[str, Any]:
-    """One curve for each group of runs (each ranking has its own); and the groups' names."""
-    names, found = group_names(runs), []
-    groups: dict[str, list[int]] = {}
-    for index, run in enumerate(runs):
-        groups.setdefault(run.group, []).append(index)
-    for group, members in groups.items():
-        reference = references[members[0]]
-        if reference is None:
-            continue
-        circuits = [runs[index].circuit for index in members]
-        if is_ranking(circuits[0]):
-            circuits = circuits[:1]  # the same scores, whatever circuit was chosen by them
-        found.append(
-            {"name": names[group], "reference": reference.name} | areas(circuits, reference, how.ranking == "absolute")
-        )
-    return {"names": names, "roc": found}
 
 
 def _merit(row: dict[str, Any], curves: Sequence[dict[str, Any]]) -> tuple[float, float, int, str]:
