@@ -18,18 +18,34 @@ if TYPE_CHECKING:
     from pahq.assessment import compare, evaluate
     from pahq.evaluation.circuit import Circuit
     from pahq.model import load_model
+    from pahq.report.tracking.settings import Tracking
+    from pahq.sweeps.sweep import sweep
     from pahq.task import get_task, list_tasks
     from pahq.viewing import view
 
-__all__ = ["Circuit", "PahqError", "compare", "discover", "evaluate", "get_task", "list_tasks", "load_model", "view"]
+__all__ = [
+    "Circuit",
+    "PahqError",
+    "Tracking",
+    "compare",
+    "discover",
+    "evaluate",
+    "get_task",
+    "list_tasks",
+    "load_model",
+    "sweep",
+    "view",
+]
 
 _HOMES = {
     "discover": "pahq.api",
     "evaluate": "pahq.assessment",
     "compare": "pahq.assessment",
+    "sweep": "pahq.sweeps.sweep",
     "view": "pahq.viewing",
     "Circuit": "pahq.evaluation.circuit",
     "load_model": "pahq.model",
+    "Tracking": "pahq.report.tracking.settings",
     "get_task": "pahq.task",
     "list_tasks": "pahq.task",
 }

@@ -28,11 +28,13 @@ from pahq.method.registry import get_method
 from pahq.model import Transformer
 from pahq.precision.policy import Policy, get_policy
 from pahq.precision.streamed import StreamedBlocks
-from pahq.report import identity, machine
+from pahq.report import identity, machine, summary
 from pahq.report.config import OBJECT, RunConfig
 from pahq.report.folder import RUN_FILE, RunFolder
 from pahq.report.progress import Watch, watch_for
 from pahq.report.tracing import open_scheduler, trace_path, traced
+from pahq.report.tracking.opening import circuit_table, open_tracker, result_files
+from pahq.report.tracking.settings import Tracking
 from pahq.scoring import prefilter, score
 from pahq.sweeping import sweep
 from pahq.task import Task, get_task
@@ -58,6 +60,7 @@ def discover(
     streams: str | None = None,
     trace: str | PathLike[str] | None = None,
     view: bool = True,
+    tracking: Tracking | None = None,
     **options: Any,
 ) -> Circuit:
     """Finds a circuit and returns it.
@@ -69,7 +72,8 @@ def discover(
     out: folder for the run's files; a run that was cut short there goes on, a finished one is loaded.
     progress: show a bar (or a line now and then) on standard error.
     streams: those of ``load,low,high`` to use, or ``none``; trace: a file for what was done on them, in Chrome's
-        format. view: whether ``viewer.html`` is left in the run's folder. The circuit is the same whatever these are.
+        format. view: whether ``viewer.html`` is left in the run's folder. tracking: Weights & Biases, see ``Tracking``;
+        None: as the run in ``out`` was tracked before, if it was. The circuit is the same whatever these are.
     options: the other fields of ``RunConfig``: method, edges, select, method_options, prefilter, keep,
         order_by_score, metric, n, seed, ablation, absolute, head_order, sender_order, split_qkv, direct_edges,
         split_pos, fold_ln, center_writing, center_unembed, fold_value_biases, pad, task_options, full_vocabulary,
@@ -85,7 +89,8 @@ def discover(
     except TypeError as error:
         raise PahqError(f"discover: {error}; see the options of RunConfig") from None
     watch = watch_for(quiet=not progress)
-    return execute(config, out, model=model, task=task, watch=watch, streams=streams, trace=trace, view=view).circuit
+    how: dict[str, Any] = {"watch": watch, "streams": streams, "trace": trace, "view": view, "tracking": tracking}
+    return execute(config, out, model=model, task=task, **how).circuit
 
 
 def execute(
@@ -99,11 +104,13 @@ def execute(
     streams: str | None = None,
     trace: str | PathLike[str] | None = None,
     view: bool = True,
+    tracking: Tracking | None = None,
 ) -> Outcome:
     """Runs, resumes or loads the run that ``config`` describes.
 
     out: its folder, None to write nothing. model, task: objects in place of the names in ``config``.
-    command: what was typed, for the record. streams, trace, view: see ``discover``. Raises PahqError for bad input.
+    command: what was typed, for the record. streams, trace, view, tracking: see ``discover``.
+    Raises PahqError for bad input.
     """
     watch = Watch() if watch is None else watch
     model = config.model if model is None else model
@@ -126,7 +133,9 @@ def execute(
             folder.check_policy(config.policy, policy.to_dict())
             if folder.finished:
                 return Outcome(Circuit.load(folder.path), read_json(folder.path / RUN_FILE), True)
-        course = Course(config, options, policy, None if folder is None else folder.path, watch, scheduler)
+        place = None if folder is None else folder.path
+        tracker = stack.enter_context(open_tracker(tracking, place, "discover", config.to_dict(), watch.say))
+        course = Course(config, options, policy, place, watch, scheduler, tracker)
         return _Run(course, folder, path, view).finish(model, prompts_of, command)
 
 
@@ -160,6 +169,7 @@ def resume(
     streams: str | None = None,
     trace: str | PathLike[str] | None = None,
     view: bool = True,
+    tracking: Tracking | None = None,
 ) -> Outcome:
     """Goes on with the run in ``out``, or loads it if it is finished; raises PahqError if none is there.
 
@@ -176,7 +186,8 @@ def resume(
                 f"{out}: the run was started from Python with a {what.removeprefix(OBJECT)} object; "
                 "call pahq.discover with that object and the same out to go on"
             )
-    return execute(config, out, watch=watch, command=command, streams=streams, trace=trace, view=view)
+    how: dict[str, Any] = {"streams": streams, "trace": trace, "view": view, "tracking": tracking}
+    return execute(config, out, watch=watch, command=command, **how)
 
 
 class _Run:
@@ -207,6 +218,15 @@ class _Run:
             self._compare_machines(record)
             self.started = record.get("started", self.started)
             command = record.get("command", command)
+        course.tracker.started(
+            {
+                "command": command,
+                "config": config.to_dict(),
+                "precision": {"policy": course.policy.to_dict()},
+                "identity": fingerprints,
+                **self.facts,
+            }
+        )
         with traced(scheduler, self.trace, watch.say):
             found = self._search(model, transformer, prompts, task)
             watch.say("measuring the circuit …")
@@ -235,6 +255,10 @@ class _Run:
                 write_json(self.folder.path / RUN_FILE, record)  # last: its presence says that the run is finished
                 if self.view:
                     write_viewer(self.folder.path, circuit, record, transformer, prompts, watch)
+            if course.tracker:
+                facts = summary.as_json(circuit, record)
+                del facts["config"]
+                course.tracker.finished(facts, {"edges": circuit_table(circuit)}, result_files(course.folder))
             return Outcome(circuit, record, False)
 
     def _search(self, given: Any, model: Transformer, prompts: Prompts, task: Task) -> Found:

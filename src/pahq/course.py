@@ -14,11 +14,12 @@ from pahq.precision.policy import Policy
 from pahq.precision.schedule import Scheduler
 from pahq.report.config import RunConfig
 from pahq.report.progress import Watch
+from pahq.report.tracking.tracker import Tracker
 
 
 @dataclass
 class Course:
-    """options: of the method, as it takes them. folder: None where nothing is written.
+    """options: of the method, as it takes them. folder: None where nothing is written. tracker: takes events.
 
     earlier: seconds that earlier processes gave to this run.
     """
@@ -29,6 +30,7 @@ class Course:
     folder: Path | None
     watch: Watch
     scheduler: Scheduler | None = None
+    tracker: Tracker = field(default_factory=Tracker)
     began: float = field(default_factory=time.perf_counter)
     earlier: float = 0.0
 

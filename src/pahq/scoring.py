@@ -55,7 +55,7 @@ def scores_of(course: Course, problem: Problem, name: str, options: Any) -> tupl
             course.earlier = found[1]["seconds"]
             return found
     steps = Steps(course.watch)
-    work = FolderWork(course.folder, name, steps)
+    work = FolderWork(course.folder, name, steps, course.tracker)
     try:
         scores = method.scores(problem, options, work)
     finally:

@@ -51,6 +51,7 @@ def sweep(course: Course, model: Transformer, prompts: Prompts, filtered: Prefil
     )
     replayed, earlier = len(decisions), before.pop("disagreements", [])
     told = 0  # disagreements that the journal has
+    refined = sum(decision.refined for decision in decisions)
 
     def checked() -> dict[str, Any] | None:
         if acdc.check is None:
@@ -83,9 +84,13 @@ def sweep(course: Course, model: Transformer, prompts: Prompts, filtered: Prefil
     with nullcontext() if path is None else closing(Journal(path, graph.edge_name)) as journal:
 
         def on_batch(progress: Progress) -> None:
+            nonlocal refined
+            so_far = spent(progress.states, progress.wasted)
             if journal is not None:
-                journal.append(progress.decisions, spent(progress.states, progress.wasted) | news())
+                journal.append(progress.decisions, so_far | news())
             course.watch.update(progress)
+            refined += sum(decision.refined for decision in progress.decisions)
+            course.tracker.progress("acdc", _so_far(progress, refined, so_far))
 
         course.watch.begin(acdc.options.metric, len(decisions))
         try:
@@ -98,6 +103,19 @@ def sweep(course: Course, model: Transformer, prompts: Prompts, filtered: Prefil
     precision = precision_record(acdc, result, total["exact_states"], checked())
     more = {} if filtered is None else {"prefilter": filtered.record}
     return Found(graph, result.mask, result.effects, result.order, result.metric, figures, precision, more)
+
+
+def _so_far(progress: Progress, refined: int, spent: dict[str, Any]) -> dict[str, Any]:
+    """What an event of progress tells. refined_share: of the decisions, those taken in FP32 after low precision."""
+    return {
+        "tests": progress.tested,
+        "kept": progress.kept,
+        "removed": progress.tested - progress.kept,
+        "edges_left": progress.edges_left,
+        "metric": progress.metric,
+        "refined_share": refined / max(1, progress.tested),
+        **{name: spent[name] for name in ("states", "wasted", "seconds", "total_seconds")},
+    }
 
 
 def _check_places(path: Path, decisions: Sequence[Decision], graph: Graph) -> None:

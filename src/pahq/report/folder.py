@@ -15,6 +15,7 @@ from typing import Any
 from pahq.errors import PahqError
 from pahq.files import naming, read_json, write_json
 from pahq.report.config import RunConfig
+from pahq.report.tracking.settings import TRACKING_FILE, WANDB_FOLDER
 
 START_FILE, RUN_FILE, LOCK_FILE = "start.json", "run.json", ".lock"
 FORMAT = "pahq-run-1"
@@ -36,8 +37,9 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
             found = sorted(entry.name for entry in self.path.iterdir())
         ours = START_FILE in found
-        # A run killed in its first instant leaves at most the lock and a temporary file.
-        strangers = [name for name in found if name != LOCK_FILE and not name.endswith(".tmp")]
+        # A run killed in its first instants leaves at most the lock, what tracking began with and a temporary file.
+        early = (LOCK_FILE, TRACKING_FILE, WANDB_FOLDER)
+        strangers = [name for name in found if name not in early and not name.endswith(".tmp")]
         if not ours and (strangers or not create):
             what = f"it holds '{strangers[0]}', but no {START_FILE}" if strangers else f"it has no {START_FILE}"
             raise PahqError(f"{self.path}: not the folder of a run ({what}); choose a new or empty folder")

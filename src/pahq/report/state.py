@@ -23,6 +23,7 @@ from pahq.files import naming, write_atomic
 from pahq.graph import Graph
 from pahq.method.base import Scores
 from pahq.report.steps import Steps
+from pahq.report.tracking.tracker import Tracker
 
 STATE_FILE, SCORES_FILE = "state.safetensors", "scores.safetensors"
 STATE_FORMAT, SCORES_FORMAT = "pahq-state-1", "pahq-scores-1"
@@ -31,13 +32,14 @@ SHARE = 0.05
 
 
 class FolderWork:
-    """``method.base.Work`` that shows progress, and keeps state in ``folder`` if there is one.
+    """``method.base.Work`` that shows and tracks progress, and keeps state in ``folder`` if there is one.
 
     seconds, resumes: of the work so far, over all processes that took part; before: seconds of earlier ones.
     """
 
-    def __init__(self, folder: Path | None, method: str, steps: Steps) -> None:
+    def __init__(self, folder: Path | None, method: str, steps: Steps, tracker: Tracker | None = None) -> None:
         self.path = None if folder is None else folder / STATE_FILE
+        self.tracker = Tracker() if tracker is None else tracker
         self.method, self.steps = method, steps
         self.resumes, self.before, self._loaded = 0, 0.0, False
         self._began = time.monotonic()
@@ -49,6 +51,7 @@ class FolderWork:
 
     def progress(self, done: int, total: int) -> None:
         self.steps.step(self.method, done, total)
+        self.tracker.progress(self.method, {"done": done, "of": total, "seconds": self.seconds})
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What was kept; raises PahqError for a damaged file or one of another method."""
