@@ -252,6 +252,7 @@ def _add_others() -> None:
     from pahq.cli.methods import methods
     from pahq.cli.precision import policies, precision_app
     from pahq.cli.reproduce import reproduce_app
+    from pahq.cli.sweep import EPILOG, sweep
     from pahq.cli.tasks import tasks_app
     from pahq.cli.truth import truth
     from pahq.cli.view import view
@@ -259,6 +260,7 @@ def _add_others() -> None:
     app.command()(methods)
     app.add_typer(tasks_app, name="tasks")
     app.command()(truth)
+    app.command(epilog=EPILOG)(sweep)
     app.command()(evaluate)
     app.command()(compare)
     app.command()(view)
