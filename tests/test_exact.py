@@ -15,11 +15,13 @@ import torch
 from hypothesis import given
 
 import tiny
-from pahq.engine import Batch
+from pahq.engine import Batch, engine
 from pahq.method import acdc, margin, measure
-from pahq.method.acdc import Acdc, AcdcOptions, AcdcResult, Decision
+from pahq.method.acdc import Acdc, AcdcOptions, AcdcResult, Decision, Progress
 from pahq.method.margin import Margin
 from pahq.precision.policy import POLICIES, Policy, UnderTest, get_policy
+from pahq.task.metrics import KlDiv, LogitsReadout
+from pahq.task.prompts import last_position
 from random_models import Case, cases, drawn
 from test_engine_vs_oracle import threshold_for
 
@@ -204,7 +206,8 @@ def test_resumed_runs_learn_the_same_margin(name: str, monkeypatch: pytest.Monke
 
     def run(replay: list[Decision]) -> tuple[AcdcResult, dict[str, object]]:
         one = Acdc(model, prompts, AcdcOptions(0.003, policy=get_policy(name)))
-        return one.run(replay), vars(one.measurer.margin)
+        found = one.run(replay)
+        return found, {name: value for name, value in vars(one.measurer.margin).items() if name != "slope"}
 
     whole, learned = run([])
     checkpoints = [decision.order for decision in whole.decisions if decision.checkpoint]
@@ -250,3 +253,63 @@ def test_margin_of_nothing_is_noise() -> None:
     one = Margin()
     assert one.of(np.zeros(3), 0.0).tolist() == [margin.NOISE] * 3
     assert one.of(np.zeros(1), -50.0).tolist() == pytest.approx([50 * margin.NOISE])
+
+
+@pytest.mark.parametrize(("drift", "follows"), [(1, True), (1 << 60, False)])
+def test_base_is_fp32s_again_after_some_removals(drift: int, follows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of low-precision products drift from FP32's; values that are put back in time do not."""
+    monkeypatch.setattr(engine, "DRIFT", drift)
+    model, prompts = tiny.transformer(4, 4), tiny.RandomTask().prompts(tiny.transformer(4, 4), 4)
+    one = Acdc(model, prompts, AcdcOptions(0.003, policy=get_policy("pahq"), exact=False))
+    fp32 = engine.Engine(model, prompts, one.graph)
+    off: list[float] = []
+
+    def compare(progress: Progress) -> None:
+        removed = [(d.row, d.column) for d in progress.decisions if not d.kept]
+        if removed:
+            fp32.evaluate(Batch(removed, np.ones((1, len(removed)), dtype=bool), one.sweep.marks))
+            fp32.commit(0)
+        off.append(abs(one.engine.base_metric - fp32.base_metric))
+
+    one.run(on_batch=compare)
+    assert len(off) > 10
+    assert (max(off) < 1e-6) == follows
+    assert one.engine.exact_states > 0 or not follows
+
+
+def test_what_is_measured_again_in_fp32_is_learned_from() -> None:
+    model, prompts = tiny.transformer(4, 4), tiny.RandomTask().prompts(tiny.transformer(4, 4), 4)
+    result = Acdc(model, prompts, AcdcOptions(0.003, policy=get_policy("int8"))).run()
+    for decision in result.decisions:
+        assert (decision.error is not None) >= decision.refined
+
+
+def kl_div(clean: torch.Tensor) -> KlDiv:
+    """For one prompt read at one position, where the clean model gives these logits [V]."""
+    tokens = torch.zeros(1, 1, dtype=torch.long)
+    return KlDiv(last_position(tokens, tokens, [[0]], [[1]]), clean[None, None])
+
+
+def test_margin_grows_with_the_slope_of_the_metric() -> None:
+    """Rounding that moves logits alike weighs more at a KL divergence of 4 than at 0.04: by the slope, sqrt(KL)."""
+    slope = kl_div(torch.zeros(5)).slope
+    one = Margin(slope)
+    one.observe("q", 1e-3, 1.0, 0.04)
+    still, moved = np.zeros(1), np.ones(1)
+    early, late = (float(one.of(moved, kl)[0] - one.of(still, kl)[0]) for kl in (0.04, 4.0))
+    assert early >= 1e-3
+    assert late / early == pytest.approx(slope(4.0) / slope(0.04))
+    assert late / early > 8
+
+
+def test_slope_bounds_the_gradient_of_kl() -> None:
+    """A step of the logits changes KL by no more than its length times the gradient's sum, sqrt(2 KL) at most."""
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(50, generator=generator, dtype=torch.float64)
+    metric = kl_div(clean)
+    for scale in (0.1, 1.0, 3.0):
+        away = scale * torch.randn(50, generator=generator, dtype=torch.float64)
+        at = (clean + away)[None, None].requires_grad_()
+        value = metric(LogitsReadout(at))[0]
+        (gradient,) = torch.autograd.grad(value, at)
+        assert float(gradient.abs().sum()) <= np.sqrt(2) * metric.slope(float(value.detach()))

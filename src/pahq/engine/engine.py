@@ -6,19 +6,18 @@ single states can be evaluated again in FP32; one that quantises values computes
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from pahq.engine.batch import Batch, BatchPass, Step, plan
+from pahq.engine.evaluated import Evaluated, Final, Lag
 from pahq.engine.flops import Flops
 from pahq.engine.marks import Marks
 from pahq.engine.rebase import Rebase
 from pahq.engine.setup import Arithmetics, setup
 from pahq.engine.spans import gather
-from pahq.engine.state import Key, State
+from pahq.engine.state import Key
 from pahq.engine.vocabulary import ChainBase, Chained, VocabularyReadout
 from pahq.errors import PahqError
 from pahq.graph import Graph
@@ -35,41 +34,8 @@ ENOUGH_STATES, MOST = 64, 0.7
 """Once so many states were screened, this share of them evaluated in full as well ends the screening."""
 MEMORY_LIMIT = 2 << 30
 """Bytes that the values of one batch of states may take by default."""
-
-
-Final = tuple[int, Tensor] | None
-"""(first state that differs from the base, final residual streams at the read positions), if any does."""
-
-
-@dataclass
-class Evaluated:
-    """States that went through a pass. metrics, slack: float64 [S]; moved: float64 [S], see ``Engine.moved``."""
-
-    rows: BatchPass
-    final: Final
-    read: VocabularyReadout | None
-    metrics: np.ndarray
-    slack: np.ndarray
-    moved: np.ndarray
-
-
-@dataclass
-class Lag:
-    """The FP32 state under a policy that quantises differences, which follows the base only when it is asked for.
-
-    edges: those removed from the base since. final: its final residual stream at the read positions (None: the clean
-    one). fine: states of the batch evaluated from it, with their place in the pass; metrics: (state, full) -> metric
-    and slack, as ``Engine.refine`` gives them.
-    """
-
-    state: State
-    edges: list[tuple[int, int]] = field(default_factory=list)
-    final: Tensor | None = None
-    fine: dict[int, tuple[BatchPass, Final, int]] = field(default_factory=dict)
-    metrics: dict[tuple[int, bool], tuple[float, float]] = field(default_factory=dict)
-
-    def forget_batch(self) -> None:
-        self.fine, self.metrics = {}, {}
+DRIFT = 64
+"""Edges removed from a base in low precision until its values are replaced by FP32's."""
 
 
 class Engine:
@@ -118,6 +84,7 @@ class Engine:
         self._now: Evaluated | None = None
         self._chain_base: ChainBase | None = None
         self._lag = Lag(self.state.twin())
+        self._drift = 0  # edges removed since the base's values were FP32's
         self._set_base(gather(self.state.clean.final, prompts.read), select=True)
 
     @torch.no_grad()
@@ -208,9 +175,7 @@ class Engine:
         assert self.policy.differences
         assert self._now is not None
         batch, lag, full = self._now.rows.batch, self._lag, full or not self.screening
-        if lag.edges:
-            behind = Batch(lag.edges, np.ones((1, len(lag.edges)), dtype=bool), batch.marks)
-            self._adopt_exact(*self._exact_pass(behind), 0)
+        self._catch_up(batch.marks)
         wanted = [state for state in states if state >= 0 and state not in lag.fine]
         while wanted:
             part, _ = self._fitting(batch.take(wanted))
@@ -219,6 +184,12 @@ class Engine:
             lag.fine |= {state: (rows, final, index) for index, state in enumerate(some)}
         self._measure_exact([state for state in states if (state, full) not in lag.metrics], full)
         return {state: lag.metrics[state, full] for state in states}
+
+    def _catch_up(self, marks: Marks) -> None:
+        """Brings the FP32 state to the base. marks: those of the batch at hand."""
+        if self._lag.edges:
+            behind = Batch(self._lag.edges, np.ones((1, len(self._lag.edges)), dtype=bool), marks)
+            self._adopt_exact(*self._exact_pass(behind), 0)
 
     def _exact_pass(self, batch: Batch) -> tuple[BatchPass, Final]:
         rows = BatchPass(self._lag.state, self.parts.plain, batch)
@@ -231,7 +202,7 @@ class Engine:
             return
         lag, now = self._lag, self._now
         assert now is not None
-        base = gather(lag.state.clean.final, self.prompts.read) if lag.final is None else lag.final
+        base = self._final_of(lag)
         finals = []
         for state in states:
             _, final, index = lag.fine[state] if state >= 0 else (None, None, 0)
@@ -267,14 +238,19 @@ class Engine:
     def commit(self, state: int) -> None:
         """Makes a state of the last evaluated batch the base.
 
-        Under a policy that quantises differences its values go on as they are, sums of low-precision products,
-        until ``rebase``; under one that quantises values they are evaluated once more with no head under test.
+        Under a policy that quantises differences its values go on as they are, sums of low-precision products, until
+        ``DRIFT`` edges are gone and FP32's take their place; under one that quantises values they are evaluated once
+        more with no head under test.
         """
         now = self._now
         assert now is not None
         batch = now.rows.batch
         if self.policy.differences:
             self._follow(batch, state)
+            self._drift += int(batch.applied[state].sum())
+            if self._drift >= DRIFT:
+                self._settle(batch.marks)
+                return
         if self.policy.values or (self.policy.differences and (state != now.rows.likely or not batch.spine[state])):
             one = batch.take([state])
             one.spine = np.ones(1, dtype=bool)
@@ -284,6 +260,17 @@ class Engine:
         self._adopt(now, state)
         self._now = None
         self._lag.forget_batch()
+
+    def _settle(self, marks: Marks) -> None:
+        """Puts FP32's values in the place of the base's, which drifted from them."""
+        self._catch_up(marks)
+        self.state.become(self._lag.state)
+        self._set_base(self._final_of(self._lag), select=False)
+        self._now, self._drift = None, 0
+        self._lag.forget_batch()
+
+    def _final_of(self, lag: Lag) -> Tensor:
+        return gather(lag.state.clean.final, self.prompts.read) if lag.final is None else lag.final
 
     def _follow(self, batch: Batch, state: int) -> None:
         """Moves the FP32 state along, or notes what it is behind by."""
@@ -364,6 +351,7 @@ class Engine:
         self._set_base(final, select=True)
         self._lag = Lag(self._lag.state, final=final)
         self._lag.state.become(self.state)
+        self._drift = 0
 
     def _bytes(self, steps: list[Step], batch: Batch) -> int:
         """Memory that the values of a batch take: inputs and outputs of what changes, and a working copy.

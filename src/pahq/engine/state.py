@@ -78,8 +78,9 @@ class State:
 
     def become(self, other: State) -> None:
         """Takes over another state's values; products are computed from them afresh."""
+        rows = {row for kind, row, _ in (*self.changed, *other.changed) if kind == "x"}
+        self._linear = {key: value for key, value in self._linear.items() if key[1] not in rows}
         self.changed = dict(other.changed)
-        self._linear.clear()
 
     def clear(self) -> None:
         """Back to the clean run."""

@@ -1,14 +1,18 @@
 """How far an effect measured in low precision may be from FP32's: learned from effects measured both ways.
 
 The error of an effect grows with how far the edge's removal moves the final residual stream, not with the effect
-or the values themselves: an edge whose large changes cancel in the metric still has their rounding errors. So
-the margin is a multiple of the largest ratio of the two that was seen, plus FP32's own rounding noise. Kinds of
-receivers err differently (a head under test is FP32, an MLP is not), so each has to be seen often enough.
+or the values themselves: an edge whose large changes cancel in the metric still has their rounding errors. It grows
+with the metric's own slope as well: at a KL divergence of 4 the same movement counts for far more than near 0. So
+the margin is a multiple of the largest ratio of error to movement times slope that was seen, plus FP32's own rounding
+noise. The ratios spread over decades: what tells most about the largest are the states near the threshold, which are
+measured both ways in any case. Kinds of receivers err differently (a head under test is FP32, an MLP is not), so each
+has to be seen often enough.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 
@@ -21,9 +25,13 @@ NOISE = 1e-5
 
 
 class Margin:
-    """See the module's text. ``largest``: the largest ratio of error to movement seen; ``error``: the largest error."""
+    """See the module's text. ``largest``: the largest ratio seen; ``error``: the largest error.
 
-    def __init__(self) -> None:
+    slope: a metric's value -> how steeply it answers there, see ``task.metrics.Metric.slope``.
+    """
+
+    def __init__(self, slope: Callable[[float], float] = lambda _: 1.0) -> None:
+        self.slope = slope
         self.largest = self.error = 0.0
         self._differed: Counter[str] = Counter()
         self._seen: Counter[str] = Counter()
@@ -47,11 +55,11 @@ class Margin:
             beyond = error - noise(metric)
             self._seen[kind] += 1
             self._differed[kind] += beyond > 0  # where nothing was rounded, little is told about rounding
-            self.largest = max(self.largest, beyond / moved)
+            self.largest = max(self.largest, beyond / (moved * self.slope(metric)))
 
     def of(self, moved: np.ndarray, metric: float) -> np.ndarray:
         """The margin of effects with these movements, where the metric is about ``metric``."""
-        return SAFETY * self.largest * moved + noise(metric)
+        return SAFETY * self.largest * self.slope(metric) * moved + noise(metric)
 
 
 def noise(metric: float) -> float:

@@ -27,7 +27,8 @@ AUDIT = 256
 class Measured:
     """A state's metric and its parent's. refined: in FP32, after low precision.
 
-    error, moved: |low-precision effect - FP32's| and how far the state lies from its parent, where both are known.
+    error, moved: |low-precision effect - FP32's| (or what it is at least) and how far the state lies from its parent,
+    where both are known.
     """
 
     before: float
@@ -46,7 +47,7 @@ class Measurer:
 
     def __init__(self, engine: Engine, threshold: float, absolute: bool, exact: bool) -> None:
         self.engine, self.threshold, self.absolute, self.exact = engine, threshold, absolute, exact
-        self.margin = Margin()
+        self.margin = Margin(engine.metric.slope)
 
     def measure(
         self, metrics: np.ndarray, slack: np.ndarray, guesses: list[bool], kinds: list[str], order: int
@@ -167,5 +168,11 @@ class Measurer:
         """FP32 over the full vocabulary, for every state of ``states`` whose parent is among them, too."""
         found = self.engine.refine(sorted(states))
         for state in states:
-            if state >= 0 and self._parents[state] in found:
-                self._fine[state] = found[self._parents[state]][0], found[state][0], 0.0
+            if state < 0 or self._parents[state] not in found:
+                continue
+            before, after = found[self._parents[state]][0], found[state][0]
+            if state not in self._fine:  # what low precision gave is still at hand: at least so far it is off
+                low_before, low_after, doubt = self._pair(state)
+                off = max(0.0, abs((low_after - low_before) - (after - before)) - doubt)
+                self._errors[state] = max(off, self._errors.get(state, 0.0))
+            self._fine[state] = before, after, 0.0

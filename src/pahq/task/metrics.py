@@ -7,6 +7,7 @@ where a metric does not depend on it. Definitions: Conmy et al. 2023, section 3 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Protocol
 
@@ -86,6 +87,10 @@ class Metric(ABC):
         value = self.per_position(read).double()
         return torch.where(self.prompts.read_mask, value * self.weight, 0.0).sum(dim=(-1, -2))
 
+    def slope(self, value: float) -> float:
+        """How steeply it answers to small movements of the logits where it has a value, up to a constant factor."""
+        return 1.0
+
     def need_answers(self, wrong: bool = True) -> None:
         """Raises PahqError where an example that is read lacks right (or wrong) answers."""
         sides = [("answers", self.prompts.answers)] + ([("wrong_answers", self.prompts.wrong)] if wrong else [])
@@ -105,6 +110,13 @@ class KlDiv(Metric):
         log_p = torch.log_softmax(clean_logits.double(), dim=-1)
         self.p = log_p.exp()
         self.negative_entropy = (self.p * log_p).sum(-1)
+
+    def slope(self, value: float) -> float:
+        """Its gradient is a difference of distributions, at most sqrt(2 KL) in all (Pinsker's inequality).
+
+        At 0 the gradient vanishes and the second order remains: of movements as large as a KL of 0.01.
+        """
+        return math.sqrt(max(value, 0.0) + 0.01)
 
     def per_position(self, read: Readout) -> Tensor:
         return self.negative_entropy - read.expect(self.p).double() + read.logsumexp().double()
