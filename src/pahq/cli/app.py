@@ -16,6 +16,7 @@ from pahq.cli.config_file import take_config
 from pahq.cli.options import method_options, task_options
 from pahq.cli.output import Json, Manner, Quiet, fail, failed, tell
 from pahq.cli.running import Interrupted, guarded
+from pahq.cli.tracking import tracked
 from pahq.errors import PahqError
 from pahq.files import explain, read_json
 from pahq.report.config import CHOICES, RunConfig
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from pahq.api import Outcome
     from pahq.evaluation.circuit import Circuit
+    from pahq.report.tracking.settings import Tracking
 
 app = typer.Typer(
     name="pahq",
@@ -66,6 +68,7 @@ View = Annotated[bool, typer.Option("--view/--no-view", help="Leave viewer.html 
 
 
 @app.command()
+@tracked
 def discover(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="smollm2-135m, a hub id, a local folder, or a .gguf file.")],
@@ -133,6 +136,7 @@ def discover(
     streams: Streams = None,
     trace: Trace = None,
     view: View = True,
+    tracking: Tracking | None = None,
     quiet: Quiet = False,
     as_json: Json = False,
     config_file: Annotated[
@@ -156,27 +160,27 @@ def discover(
 
     from pahq.api import execute
 
-    outcome = guarded(
-        lambda how: execute(config, folder, streams=streams, trace=trace, view=view, **how), quiet, _left(folder)
-    )
+    more: dict[str, Any] = {"streams": streams, "trace": trace, "view": view, "tracking": tracking}
+    outcome = guarded(lambda how: execute(config, folder, **more, **how), quiet, _left(folder))
     _print(outcome, folder, quiet, as_json)
 
 
 @app.command()
+@tracked
 def resume(
     run: Annotated[Path, typer.Argument(help="Folder of the run.")],
     streams: Streams = None,
     trace: Trace = None,
     view: View = True,
+    tracking: Tracking | None = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Go on with a run that was cut short."""
     from pahq.api import resume as resume_run
 
-    outcome = guarded(
-        lambda how: resume_run(run, streams=streams, trace=trace, view=view, **how), quiet, _left(str(run))
-    )
+    more: dict[str, Any] = {"streams": streams, "trace": trace, "view": view, "tracking": tracking}
+    outcome = guarded(lambda how: resume_run(run, **more, **how), quiet, _left(str(run)))
     _print(outcome, str(run), quiet, as_json)
 
 

@@ -1,0 +1,70 @@
+"""The options ``--wandb…`` that commands share, handed to a command as one value."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from pahq.errors import PahqError
+
+if TYPE_CHECKING:
+    from pahq.report.tracking.settings import Tracking
+
+ARGUMENT = "tracking"
+_OPTIONS: dict[str, Any] = {
+    "wandb": Annotated[
+        bool | None,
+        typer.Option("--wandb/--no-wandb", help="Track with Weights & Biases (default: as the folder's run began)."),
+    ],
+    "wandb_mode": Annotated[
+        str | None, typer.Option(help="online or offline, for 'wandb sync' later (default: WANDB_MODE, or online).")
+    ],
+    "wandb_project": Annotated[str | None, typer.Option(help="Project (default: WANDB_PROJECT, or pahq).")],
+    "wandb_entity": Annotated[str | None, typer.Option(help="User or team (default: W&B's own).")],
+    "wandb_group": Annotated[str | None, typer.Option(help="Group of runs.")],
+    "wandb_name": Annotated[str | None, typer.Option(help="Name of the run (default: its folder's).")],
+    "wandb_tags": Annotated[str | None, typer.Option(help="Tags, with commas between them.")],
+}
+
+
+def tracked(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options in the place of its argument ``tracking``: ``Tracking``, None if none was given."""
+    hints = get_type_hints(command, localns={"Tracking": object}, include_extras=True)  # a name for type checkers alone
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name == ARGUMENT:
+            for name, annotation in _OPTIONS.items():
+                parameters.append(inspect.Parameter(name, parameter.kind, default=None, annotation=annotation))
+        else:
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+
+    @functools.wraps(command)
+    def wrapper(**given: Any) -> None:
+        chosen = {name: given.pop(name) for name in _OPTIONS}
+        command(**given, **{ARGUMENT: tracking_of(**chosen)})
+
+    wrapper.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]  (PEP 362)
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapper
+
+
+def tracking_of(wandb: bool | None, wandb_tags: str | None, **more: str | None) -> Tracking | None:
+    """Options as they were given -> ``Tracking``; raises PahqError for those that cannot be."""
+    from pahq.report.tracking.settings import Tracking
+
+    given = {name: value for name, value in (more | {"wandb_tags": wandb_tags}).items() if value is not None}
+    if not wandb:
+        if given:
+            name = next(iter(given)).replace("_", "-")
+            raise PahqError(
+                f"{name}: '{next(iter(given.values()))}' goes with --wandb; give that, too, or leave it out"
+            )
+        return None if wandb is None else Tracking(wandb=False)
+    options: dict[str, Any] = {name.removeprefix("wandb_"): value for name, value in given.items()}
+    if wandb_tags is not None:
+        options["tags"] = tuple(tag.strip() for tag in wandb_tags.split(","))
+    return Tracking(**options)
