@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -23,13 +24,15 @@ class Answer:
 
     @property
     def error(self) -> str:
-        """The one line that a failed command leaves; fails if it is not exactly that."""
+        """The one line that a failed command leaves; fails if it is not exactly that (and with --json a document)."""
         lines = self.err.splitlines()
         errors = [line for line in lines if line.startswith("error: ")]
         news = [line for line in lines if line.endswith("…")]
         assert self.code == 2, (self.code, self.err)
-        assert self.out == ""
         assert len(errors) == 1, self.err
+        if self.out:
+            told = {"kind": "refused", "code": 2, "message": errors[0].removeprefix("error: ")}
+            assert json.loads(self.out) == {"error": told}
         assert len(errors) + len(news) == len(lines), self.err
         return errors[0].removeprefix("error: ")
 

@@ -393,13 +393,15 @@ def test_a_metric_of_ones_own_makes_runs_comparable(pahq: Pahq, files: Path, bad
     assert record["runs"][0]["circuit"]["metric"] > 0
 
 
-def test_interrupted_evaluations_leave_nothing(
+def test_evaluations_interrupted_before_their_first_pass_leave_nothing(
     pahq: Pahq, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: object) -> None:
+    """With passes there is something to go on with: see test_evaluate_resume.py."""
+
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pahq.assessment.completeness", stop)
+    monkeypatch.setattr("pahq.held_out.Examples", stop)
     answer = pahq("evaluate", files / "tight", *FEW, "--out", tmp_path / "out")
     assert answer.code == 130
     assert answer.err.splitlines()[-1] == "interrupted; nothing was written"

@@ -274,7 +274,8 @@ def test_policies_as_a_table(pahq: Pahq) -> None:
         assert any(line.split()[:1] == [name] for line in answer.out.splitlines()), name
     line = next(line for line in answer.out.splitlines() if line.startswith("pahq-values "))
     assert line.split() == ["pahq-values", "e4m3", "bf16", "bf16", "bf16", "bf16", "fp32", "values", "both"]
-    assert all(len(line) <= 80 for line in answer.out.splitlines())
+    table = answer.out.partition("\nrest:")[0]
+    assert all(len(line) <= 80 for line in table.splitlines())  # so that no cell is broken on a terminal
 
 
 def test_policies_as_json(pahq: Pahq) -> None:

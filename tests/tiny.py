@@ -72,7 +72,7 @@ class RandomTask(Task):
         )
 
 
-def save_model(folder: Path, layers: int = 4, heads: int = 4) -> None:
+def save_model(folder: Path, layers: int = 4, heads: int = 4, seed: int = 0) -> None:
     """A random GPT-2 with a tokenizer of the words w0, w1, … in ``transformers``' format."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -80,7 +80,7 @@ def save_model(folder: Path, layers: int = 4, heads: int = 4) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         config = GPT2Config(
             vocab_size=WORDS, n_positions=16, n_embd=32, n_layer=layers, n_head=heads, bos_token_id=0, eos_token_id=0
         )

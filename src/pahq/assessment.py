@@ -181,7 +181,8 @@ def _assess(
     names = run_names(runs)
     passes = sum(_passes(run.circuit, how) for run in runs)
     folder = None if out is None else ResultFolder(out, kind)
-    bench = HeldOut(how.split, how.n, how.metric, how.device, model, task, watch, passes)
+    kept = None if folder is None else folder.passes
+    bench = HeldOut(how.split, how.n, how.metric, how.device, model, task, watch, passes, kept)
     try:
         rows: list[dict[str, Any]] = []
         for name, run, reference in zip(names, runs, references, strict=True):
@@ -212,10 +213,10 @@ def _assess(
             tables = {kind: flat(record), "curves": curve_rows(record)}
             if not folder.write(record, tables, evaluation_plots.drawn(record, kind)):
                 watch.say(plots.MISSING)
-    except BaseException:  # Ctrl-C, too: leaves things as they were
+    except BaseException as error:  # after Ctrl-C there is something to go on with; else things are left as they were
         bench.end()
         if folder is not None:
-            folder.discard()
+            folder.discard(with_passes=isinstance(error, PahqError))
         raise
     return record
 

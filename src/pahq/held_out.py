@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from pahq.errors import PahqError
 from pahq.evaluation.examples import Examples
 from pahq.inputs import device_of, load, metric_of, task_options
@@ -13,16 +15,18 @@ from pahq.precision.policy import get_policy
 from pahq.report import identity, machine
 from pahq.report.config import OBJECT
 from pahq.report.finished import FinishedRun
+from pahq.report.passes import Passes, PassesFile
 from pahq.report.progress import Watch
 from pahq.report.steps import Steps
 from pahq.task import Task, get_task
+from pahq.task.prompts import Prompts
 
 
 class HeldOut:
     """Models, prompts and evaluated examples, each made once for all runs that share them.
 
     split, n, metric, device: see ``assessment.EvaluationOptions``. model, task: in place of the runs' own.
-    passes: how many passes are expected, for whoever watches.
+    passes: how many passes are expected, for whoever watches. kept: where finished ones go, None for nowhere.
     """
 
     def __init__(
@@ -35,12 +39,13 @@ class HeldOut:
         task: str | Task | None,
         watch: Watch,
         passes: int,
+        kept: PassesFile | None = None,
     ) -> None:
         self.split, self.n, self.metric, self.device = split, n, metric, device
         self.model, self.task, self.watch, self.steps = model, task, watch, Steps(watch)
-        self.passes, self.done, self.name = passes, 0, ""
+        self.passes, self.done, self.name, self.kept = passes, 0, "", kept
         self.machine: dict[str, Any] = {}
-        self._models: dict[str, Transformer] = {}
+        self._models: dict[str, tuple[Transformer, str]] = {}
         self._examples: dict[str, Examples] = {}
 
     def begin(self, name: str) -> None:
@@ -68,11 +73,24 @@ class HeldOut:
         if key not in self._examples:
             if of_model not in self._models:
                 self._models[of_model] = self._load(run, device)
-            model = self._models[of_model]
+            model, weights = self._models[of_model]
             n = config.n if self.n is None else self.n
             prompts = task.prompts(model, n, config.seed, self.split)
-            self._examples[key] = Examples(model, prompts, graph, task, metric, config.ablation, self._pass)
+            about = {"weights": weights, "metric": metric, "ablation": config.ablation, "graph": graph.options()}
+            kept = None if self.kept is None else self._taken_up(self.kept, about, model, task, prompts)
+            self._examples[key] = Examples(model, prompts, graph, task, metric, config.ablation, self._pass, kept)
         return self._examples[key]
+
+    def _taken_up(
+        self, kept: PassesFile, about: dict[str, Any], model: Transformer, task: Task, prompts: Prompts
+    ) -> Passes:
+        """The passes that an interrupted evaluation has run on the very same things."""
+        about |= {"task": repr(task), "prompts": identity.of_prompts(prompts), "dtype": str(model.dtype)}
+        about |= {"device": str(model.device), "threads": torch.get_num_threads()}
+        passes = kept.of(about | {"versions": machine.versions(), "commit": machine.commit()}, len(prompts))
+        if len(passes):
+            self.watch.say(f"taking up {len(passes)} passes of an interrupted evaluation …")
+        return passes
 
     def _task(self, run: FinishedRun) -> Task:
         if isinstance(self.task, Task):
@@ -82,16 +100,17 @@ class HeldOut:
             raise PahqError(f"{run.path}: its task was a Python object; call pahq.evaluate with that object as task")
         return get_task(name, **task_options(run.config))
 
-    def _load(self, run: FinishedRun, device: str) -> Transformer:
+    def _load(self, run: FinishedRun, device: str) -> tuple[Transformer, str]:
+        """The model, and the fingerprint of its weights."""
         if self.model is None and run.config.model.startswith(OBJECT):
             raise PahqError(f"{run.path}: its model was a Python object; call pahq.evaluate with that object as model")
         device_of(device)
         config = replace(run.config, device=device)
         model = load(config.model if self.model is None else self.model, config, self.watch, get_policy("fp32"), None)
-        then = run.record.get("identity", {}).get("weights")
-        if then is not None and then != identity.of_model(model):
+        then, now = run.record.get("identity", {}).get("weights"), identity.of_model(model)
+        if then is not None and then != now:
             raise PahqError(
                 f"{run.path}: the weights of {config.model} are no longer those of the run; bring the old ones back"
             )
         self.machine = machine.describe(model.device)
-        return model
+        return model, now

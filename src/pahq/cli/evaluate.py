@@ -89,7 +89,11 @@ def _finish(
     run: Callable[[dict[str, Any]], dict[str, Any]], kind: str, out: str | None, quiet: bool, as_json: bool
 ) -> None:
     """Runs, prints and names the folder."""
-    from pahq.report import evaluation
+    from pahq.report import evaluation, results
 
-    record = guarded(run, quiet)
+    def left() -> str:
+        there = out is not None and results.passes_path(out, kind).exists()
+        return f"the same command goes on with what is in {out}" if there else "nothing was written"
+
+    record = guarded(run, quiet, left)
     tell(record, lambda console: evaluation.show(record, kind, console), quiet=quiet, as_json=as_json, written=out)

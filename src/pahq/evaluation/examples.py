@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -51,6 +52,14 @@ class Figures:
     accuracy: Values | None
 
 
+class Kept(Protocol):
+    """Finished passes by their masks; figures are float64 [N] by name."""
+
+    def load(self, mask: np.ndarray) -> Mapping[str, Sequence[float]]: ...
+
+    def save(self, mask: np.ndarray, sums: Mapping[str, np.ndarray]) -> None: ...
+
+
 class Examples:
     """Evaluates masks of edges on one set of prompts, by whole passes in the model's own precision.
 
@@ -68,10 +77,11 @@ class Examples:
         metric: str,
         ablation: str = "resample",
         on_pass: Callable[[], None] | None = None,
+        kept: Kept | None = None,
     ) -> None:
-        """on_pass: told after each whole patched pass over all prompts."""
+        """on_pass: told after each whole patched pass over all prompts. kept: passes that need not be run again."""
         self.model, self.prompts, self.graph, self.task, self.ablation = model, prompts, graph, task, ablation
-        self.metric, self._on_pass = metric, on_pass
+        self.metric, self._on_pass, self._kept = metric, on_pass, kept
         with torch.no_grad():
             clean = read_logits(model, prompts, "clean")
         self._measure = get_metric(metric, prompts, clean)
@@ -95,11 +105,35 @@ class Examples:
 
     def measure(self, mask: np.ndarray) -> float:
         """The metric of a mask bool [n_receivers, n_senders + 1], and nothing else."""
-        return self._values(self._measure, self._logits(mask)).mean
+        known = self._recall(mask, "metric")
+        if known is not None:
+            return known["metric"].mean
+        metric = self._values(self._measure, self._logits(mask))
+        self._keep(mask, metric=metric)
+        return metric.mean
 
     def figures(self, mask: np.ndarray) -> Figures:
         """All figures of a mask bool [n_receivers, n_senders + 1]."""
-        return self._figures(self._logits(mask))
+        known = self._recall(mask, "metric", "kl", *(["accuracy"] if self._answered else []))
+        if known is not None:
+            return Figures(known["metric"], known["kl"], known.get("accuracy"))
+        figures = self._figures(self._logits(mask))
+        self._keep(mask, metric=figures.metric, kl=figures.kl, accuracy=figures.accuracy)
+        return figures
+
+    def _recall(self, mask: np.ndarray, *names: str) -> dict[str, Values] | None:
+        """These figures of a mask as an earlier pass gave them, None if one of them is not known."""
+        sums = {} if self._kept is None else self._kept.load(mask)
+        if not set(names) <= set(sums):
+            return None
+        if self._on_pass is not None:
+            self._on_pass()
+        absolute = isinstance(self._measure, MatchNll)
+        return {name: Values(np.array(sums[name]), self._counts, absolute and name == "metric") for name in names}
+
+    def _keep(self, mask: np.ndarray, **figures: Values | None) -> None:
+        if self._kept is not None:
+            self._kept.save(mask, {name: values.totals for name, values in figures.items() if values is not None})
 
     @torch.no_grad()
     def _logits(self, mask: np.ndarray) -> Tensor:

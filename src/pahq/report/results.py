@@ -10,6 +10,7 @@ from typing import Any
 from pahq.errors import PahqError
 from pahq.files import naming, read_json, write_atomic, write_json
 from pahq.report import plots
+from pahq.report.passes import PassesFile
 from pahq.report.tables import Row, as_csv, as_json
 
 FORMAT = "pahq-evaluation-1"
@@ -17,8 +18,14 @@ Plot = tuple[Callable[[Any, Sequence[Row]], None], Sequence[Row]]
 """What fills a matplotlib Figure, and the rows it fills it from."""
 
 
+def passes_path(folder: str | os.PathLike[str], kind: str) -> Path:
+    """Where an evaluation (kind: of which name) keeps what it has measured, until it is finished."""
+    return Path(folder) / f"{kind}.passes.jsonl"
+
+
 class ResultFolder:
-    """Files appear whole and only once everything is computed; ``KIND.json`` is the last.
+    """Files appear whole and only once everything is computed; ``KIND.json`` is the last. Until then ``passes`` keeps
+    what was measured.
 
     Made before anything is computed, so that a bad path is known at once. Results of the same kind in there are
     replaced. Raises PahqError where the folder cannot be made or written, or holds anything else.
@@ -29,18 +36,26 @@ class ResultFolder:
         self._made = not self.path.exists()
         with naming(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            found = sorted(entry.name for entry in self.path.iterdir() if not entry.name.endswith(".tmp"))
+            mine = passes_path(self.path, kind).name
+            found = sorted(e.name for e in self.path.iterdir() if not e.name.endswith(".tmp") and e.name != mine)
             if not os.access(self.path, os.W_OK):
                 raise PermissionError(13, "", str(self.path))
         if found and not (self._record in found and read_json(self.path / self._record).get("format") == FORMAT):
             raise PahqError(f"{self.path}: holds something else ('{found[0]}'); choose a new or empty folder")
+        self.passes = PassesFile(passes_path(self.path, kind))
 
     @property
     def _record(self) -> str:
         return f"{self.kind}.json"
 
-    def discard(self) -> None:
-        """Takes an empty folder away again that was made for results which did not come about."""
+    def discard(self, with_passes: bool) -> None:
+        """Takes an empty folder away again that was made for results which did not come about.
+
+        with_passes: what this process has measured goes, too, and the same command begins anew.
+        """
+        self.passes.close()
+        if with_passes:
+            self.passes.remove(only_new=True)
         if self._made and self.path.is_dir() and not any(self.path.iterdir()):
             self.path.rmdir()
 
@@ -61,4 +76,5 @@ class ResultFolder:
             if image is not None:
                 write_atomic(self.path / f"{name}.png", image)
         write_json(self.path / self._record, {"format": FORMAT, "kind": self.kind, **as_json(record)})
+        self.passes.remove()
         return all(image is not None for name, image in images.items() if drawn[name][1])
