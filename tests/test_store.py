@@ -10,7 +10,8 @@ from pahq.model.config import ModelConfig
 from pahq.model.transformer import Transformer, build
 from pahq.precision.matrix import low_matrix
 from pahq.precision.policy import FP32, get_policy
-from pahq.precision.store import WeightStore, component_of
+from pahq.precision.store import Held, WeightStore, component_of
+from pahq.precision.values import rounded_model
 from random_models import random_weights
 
 CFG = ModelConfig(2, 4, 2, 24, 6, 40, 30, 30, 8, gated=True, act="silu", norm="rms")
@@ -108,3 +109,15 @@ def test_tied_unembedding_counts_once() -> None:
 )
 def test_component_of(name: str, component: str) -> None:
     assert component_of(name) == component
+
+
+def test_rounded_embeddings_count() -> None:
+    """Under a policy that rounds values the embeddings are copies, too, in the model's own type."""
+    model, policy = tiny.transformer(2), get_policy("rtn")
+    store = WeightStore(model, policy)
+    rounded_model(model, policy, store)
+    held = {entry.component: entry for entry in store.held()}
+    assert model.W_pos is not None
+    assert held["embed"] == Held("embed", policy.formats["embed"], "device", model.W_E.nbytes + model.W_pos.nbytes)
+    assert held["unembed"].nbytes == model.W_U.nbytes
+    assert store.held() == sorted(store.held())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pahq.model.transformer import Transformer
+from pahq.precision.formats import Format, round_to
 from pahq.precision.matrix import LowMatrix, low_matrix
 from pahq.precision.policy import Policy
 
@@ -42,6 +43,7 @@ class WeightStore:
         self.model, self.policy = model, policy
         self.device = model.device if device is None else device
         self._copies: dict[WeightKey, LowMatrix] = {}
+        self._tables: dict[str, Held] = {}
 
     def matrix(self, name: str, layer: int = 0, index: int = 0) -> LowMatrix:
         """q, k, v or o of a head (group), mlp_in, mlp_gate, mlp_out of a layer, or unembed."""
@@ -71,6 +73,14 @@ class WeightStore:
             return found
         return {"q": block.attn.W_Q, "k": block.attn.W_K, "v": block.attn.W_V, "o": block.attn.W_O}[name][index]
 
+    def table(self, name: str, rows: Tensor, fmt: Format) -> Tensor:
+        """W_E, W_pos or W_U with rows rounded to a format; the rounded values are held in the model's own type."""
+        if fmt.is_exact:
+            return rows
+        rounded = round_to(rows, fmt)
+        self._tables[name] = Held(component_of(name), fmt.name, "device", rounded.nbytes)
+        return rounded
+
     def make_all(self) -> None:
         """Makes every copy of attention and MLPs now, so that no test waits for one."""
         cfg = self.model.config
@@ -85,6 +95,8 @@ class WeightStore:
     def held(self) -> list[Held]:
         """What the copies take, by component and format. (FP32 is no copy, where the master is on the same device.)"""
         sums: dict[tuple[str, str], int] = {}
+        for one in self._tables.values():
+            sums[one.component, one.format] = sums.get((one.component, one.format), 0) + one.nbytes
         for (name, layer, index), matrix in self._copies.items():
             if matrix.values.data_ptr() != self.master(name, layer, index).data_ptr():
                 key = (MATRICES.get(name, name), matrix.fmt.name)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pahq.model.components import MLP, Attention, Norm
 from pahq.model.transformer import Block, Transformer
-from pahq.precision.formats import Format, round_to
+from pahq.precision.formats import Format
 from pahq.precision.matrix import LowMatrix
 from pahq.precision.policy import Policy
 from pahq.precision.store import WeightStore
@@ -122,9 +122,9 @@ def rounded_model(model: Transformer, policy: Policy, store: WeightStore) -> Rou
         blocks.append(Block(rounded(block.ln1), attn, ln2, mlp))
     plain = replace(
         model,
-        W_E=round_to(model.W_E, embed),
-        W_pos=None if model.W_pos is None else round_to(model.W_pos, embed),
-        W_U=round_to(model.W_U.T, policy.format("unembed")).T,
+        W_E=store.table("embed.W_E", model.W_E, embed),
+        W_pos=None if model.W_pos is None else store.table("pos_embed.W_pos", model.W_pos, embed),
+        W_U=store.table("unembed.W_U", model.W_U.T, policy.format("unembed")).T,
         blocks=tuple(blocks),
         ln_final=rounded(model.ln_final),
     )
