@@ -54,7 +54,7 @@ def options() -> argparse.Namespace:
     made.add_argument("--methods", default=METHODS, help="(default %(default)s)")
     made.add_argument("--n", type=int, default=8, help="prompts, and as many held out (default %(default)s)")
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--metric", default="kl_div", help="of the searches (default %(default)s)")
+    made.add_argument("--metric", default="task", help="of the searches; task: each task's own (default %(default)s)")
     made.add_argument("--thresholds", default="0.3,0.1,0.05", help="of the sweeps (default %(default)s)")
     made.add_argument("--sizes", default="50,100,200,500,1000,2000,5000", help="edges (default %(default)s)")
     made.add_argument(
@@ -91,13 +91,14 @@ class Bench:
     def __init__(self, given: argparse.Namespace, grid: Grid, task: str, until: float) -> None:
         self.given, self.grid, self.until = given, grid, until
         common = {"n": given.n, "seed": given.seed}
-        self.setting = Setting(Path(task).stem, given.model, task, None, {"kl": given.metric}, common)
         self.task = get_task(task)
+        self.metric = self.task.default_metric if given.metric == "task" else given.metric
+        self.setting = Setting(Path(task).stem, given.model, task, None, {"task": self.metric}, common)
         self._examples: Examples | None = None
 
     def cells(self, method: str) -> list[Cell]:
         steps = {} if self.given.steps is None else {key: {"steps": self.given.steps} for key in TRAINED}
-        return cells_of(self.setting, method, self.given.metric, self.given.thresholds, steps)
+        return cells_of(self.setting, method, self.metric, self.given.thresholds, steps)
 
     def points(self, model: Any, method: str) -> tuple[list[Row], Row | None]:
         """A row for each circuit, and what finding them took; what is not done in time is left out."""
