@@ -125,19 +125,21 @@ class _Nodes:
     def scores(self, options: HispOptions) -> dict[str, float]:
         """Scores of nodes by name: ``a0.1.q`` … ``a0.1.v`` (a group's k and v), or ``a0.1``; ``m0``."""
         out: dict[str, float] = {}
-        for layer in range(self.graph.config.n_layers):
-            here: dict[str, float] = {}
-            if options.kinds == "qkv":
-                rows = [r for r in self.graph.receivers if r.layer == layer and r.is_attention]
-                here |= {r.name: float(self.computed[self.graph.receiver_index[r]]) for r in rows}
-            for column, sender in enumerate(self.graph.senders):
-                if sender.layer == layer and (sender.kind == "mlp" or options.kinds == "heads"):
-                    here[sender.name] = float(self.sent[column])
-            length = float(np.linalg.norm(list(here.values())))
-            if options.normalise and length > 0:
-                here = {name: score / length for name, score in here.items()}
-            out |= here
-        return out
+        if options.kinds == "qkv":
+            out |= {r.name: float(self.computed[i]) for i, r in enumerate(self.graph.receivers) if r.is_attention}
+        for column, sender in enumerate(self.graph.senders):
+            if sender.kind == "mlp" or (sender.kind == "head" and options.kinds == "heads"):
+                out[sender.name] = float(self.sent[column])
+        return divided(out) if options.normalise else out
+
+
+def divided(nodes: Mapping[str, float]) -> dict[str, float]:
+    """Scores of nodes, each by the length of its layer's vector of scores (where that is above 0)."""
+    layers: dict[str, list[str]] = {}
+    for name in nodes:
+        layers.setdefault(name.lstrip("am").partition(".")[0], []).append(name)
+    lengths = {layer: float(np.linalg.norm([nodes[name] for name in here])) for layer, here in layers.items()}
+    return {name: nodes[name] / (lengths[layer] or 1.0) for layer, here in layers.items() for name in here}
 
 
 def spread(graph: Graph, nodes: Mapping[str, float]) -> np.ndarray:
