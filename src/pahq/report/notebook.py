@@ -44,7 +44,7 @@ class NotebookWatch(PlainWatch):
         self.draw(resumed, None, f"{resumed:,} edges tested")
 
     def update(self, progress: Progress) -> None:
-        left = as_time(self.clock.left(progress))
+        left = as_time(self.clock.left(progress.edges_left))
         facts = f"{progress.tested:,} edges tested, {progress.kept:,} kept, {self.metric} {progress.metric:.4f}"
         self.draw(progress.tested, progress.tested + progress.edges_left, f"{facts}, {left} left")
 

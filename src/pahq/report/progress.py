@@ -53,12 +53,12 @@ class TimeLeft:
     def __init__(self) -> None:
         self.start: tuple[float, int] | None = None
 
-    def left(self, progress: Progress) -> float | None:
-        """Seconds, None as long as too little is known."""
+    def left(self, ahead: int) -> float | None:
+        """Seconds for the edges (or steps) that are ahead, None as long as too little is known."""
         if self.start is None:
-            self.start = time.monotonic(), progress.edges_left
-        elapsed, gone = time.monotonic() - self.start[0], self.start[1] - progress.edges_left
-        return None if elapsed < 1 or gone < 1 else elapsed / gone * progress.edges_left
+            self.start = time.monotonic(), ahead
+        elapsed, gone = time.monotonic() - self.start[0], self.start[1] - ahead
+        return None if elapsed < 1 or gone < 1 else elapsed / gone * ahead
 
 
 def as_time(seconds: float | None) -> str:
@@ -83,7 +83,7 @@ class PlainWatch(Watch):
         self.metric, self.clock, self.last = metric, TimeLeft(), time.monotonic()
 
     def update(self, progress: Progress) -> None:
-        left = self.clock.left(progress)
+        left = self.clock.left(progress.edges_left)
         if time.monotonic() - self.last < self.interval:
             return
         self.last = time.monotonic()
@@ -129,7 +129,7 @@ class LiveWatch(Watch):
             tested=progress.tested,
             kept=progress.kept,
             metric=progress.metric,
-            left=as_time(self.clock.left(progress)),
+            left=as_time(self.clock.left(progress.edges_left)),
         )
 
     def end(self) -> None:

@@ -22,7 +22,8 @@ AXES = {
     "policy": "policies",
 }
 """Options in which the runs of a sweep differ -> the key of a grid that lists their values."""
-EXTRAS: dict[str, Any] = {"streams": str, "view": bool}
+EXTRAS: dict[str, Any] = {"streams": str, "view": bool, "wandb": bool}
+EXTRAS |= {f"wandb_{name}": str for name in ("mode", "project", "entity", "group", "name", "tags")}
 """Options of ``pahq discover`` that change nothing in a circuit, and so are no part of ``RunConfig`` -> their type."""
 _NAMES: dict[Any, str] = {
     int: "a whole number",

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -18,7 +18,7 @@ from pahq.files import explain, naming
 from pahq.inputs import timestamp
 from pahq.report.folder import RUN_FILE
 from pahq.sweeps.board import Board
-from pahq.sweeps.progress import progress_of
+from pahq.sweeps.progress import Meter
 from pahq.sweeps.runs import Run
 from pahq.sweeps.status import SweepFolder
 
@@ -45,6 +45,7 @@ class Job:
     process: subprocess.Popen[bytes]
     log: Path
     start: int
+    meter: Meter
 
 
 class Runner:
@@ -64,7 +65,7 @@ class Runner:
                     self._start(self.waiting.pop(0))
                 for job in [job for job in self.running if job.process.poll() is not None]:
                     self._ended(job)
-                self.board.refresh({job.run.name: self._progress(job) for job in self.running})
+                self.board.refresh({job.run.name: job.meter.read for job in self.running})
                 time.sleep(POLL)
         finally:
             self._stop()
@@ -77,11 +78,12 @@ class Runner:
                 gap = "\n" if start else ""  # an earlier process of this run wrote here
                 file.write(f"{gap}# {timestamp()}\n$ {run.command(self.folder.path)}\n".encode())
                 file.flush()
+                meter = Meter(self.folder.path / run.name, log, start)
                 process = self._process(run, file)
         except PahqError as error:
             self.board.ended(self.folder.change(run.name, "failed", reason=str(error)))
             return
-        self.running.append(Job(run, process, log, start))
+        self.running.append(Job(run, process, log, start, meter))
         self.board.started(self.folder.change(run.name, "running", started=timestamp()))
 
     def _process(self, run: Run, log: BinaryIO) -> subprocess.Popen[bytes]:
@@ -95,9 +97,6 @@ class Runner:
             process_group=0,  # a terminal's Ctrl-C comes here alone, and is handed on once
             pass_fds=(self.folder.lock,),
         )
-
-    def _progress(self, job: Job) -> Callable[[], str]:
-        return lambda: progress_of(self.folder.path / job.run.name, job.log, job.start)
 
     def _ended(self, job: Job) -> None:
         self.running.remove(job)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,11 @@ def plan(
     spec, where = ({}, "flags") if grid is None else read_grid(Path(grid) if isinstance(grid, PathLike) else grid)
     runs = expand(changed(spec, axes or {}, options or {}), where, only)
     folder = Path("runs", f"sweep-{Path(grid).stem}" if named else "sweep") if out is None else Path(out)
-    return Plan(runs, folder, Path(grid).stem if named else folder.resolve().name)
+    name = Path(grid).stem if named else folder.resolve().name
+    for place, run in enumerate(runs):
+        if run.extras.get("wandb"):  # W&B shows a sweep as one group
+            runs[place] = replace(run, extras={"wandb_group": name, **run.extras})
+    return Plan(runs, folder, name)
 
 
 def sweep(
