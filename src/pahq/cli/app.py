@@ -79,7 +79,8 @@ def discover(
     ] = None,
     method: Annotated[str, typer.Option(help=f"{_choice('method')} (see 'pahq methods').")] = "acdc",
     method_option: Annotated[
-        list[str] | None, typer.Option(help="An option of the method, NAME=VALUE, such as steps=10; repeat for more.")
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An option of the method, such as steps=10; repeat for more."),
     ] = None,
     edges: Annotated[int | None, typer.Option(help="Edges to keep, instead of a threshold (not acdc).")] = None,
     select: Annotated[
@@ -115,7 +116,8 @@ def discover(
     fold_value_biases: Annotated[bool, typer.Option(help="Fold value biases into the output bias.")] = False,
     pad: Annotated[bool, typer.Option(help="Pad prompts of unequal length (prompt files).")] = False,
     task_option: Annotated[
-        list[str] | None, typer.Option(help="An option of the task, NAME=VALUE, such as templates=8; repeat for more.")
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An option of the task, such as templates=8; repeat for more."),
     ] = None,
     full_vocabulary: Annotated[
         bool, typer.Option("--full-vocabulary", help="Sum over the whole vocabulary for every state (slower).")
@@ -253,10 +255,12 @@ def _summary(
 def _add_others() -> None:
     from pahq.cli.convert import convert
     from pahq.cli.evaluate import compare, evaluate
+    from pahq.cli.examples import add_examples
     from pahq.cli.methods import methods
+    from pahq.cli.plot import plot
     from pahq.cli.precision import policies, precision_app
     from pahq.cli.reproduce import reproduce_app
-    from pahq.cli.sweep import EPILOG, sweep
+    from pahq.cli.sweep import sweep
     from pahq.cli.tasks import tasks_app
     from pahq.cli.truth import truth
     from pahq.cli.view import view
@@ -264,14 +268,16 @@ def _add_others() -> None:
     app.command()(methods)
     app.add_typer(tasks_app, name="tasks")
     app.command()(truth)
-    app.command(epilog=EPILOG)(sweep)
+    app.command()(sweep)
     app.command()(evaluate)
     app.command()(compare)
+    app.command()(plot)
     app.command()(view)
     app.command()(convert)
     app.command()(policies)
     app.add_typer(precision_app, name="precision")
     app.add_typer(reproduce_app, name="reproduce")
+    add_examples(app)
 
 
 _add_others()

@@ -39,9 +39,10 @@ def convert(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Read and write the circuits and prompts of EAP-IG, MIB, ACDC and AutoCircuit.
+    """Bring circuits and prompts from one format to another.
 
-    What a format cannot hold is listed on standard error, with --quiet, too.
+    Formats are those of EAP-IG, MIB, ACDC and AutoCircuit, and pahq's own. What a format cannot hold is listed on
+    standard error, with --quiet, too.
     """
     from pahq.report.interchange import convert as run
 

@@ -12,7 +12,7 @@ from pahq.cli.running import guarded
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-Runs = Annotated[list[str], typer.Argument(help="Folders of finished runs.", metavar="RUN...")]
+Runs = Annotated[list[str], typer.Argument(help="Folders of finished runs.", metavar="RUN")]
 Truth = Annotated[
     str | None, typer.Option(help="A known circuit (see 'pahq truth') or a .json file of edges: ROC and F1 against it.")
 ]
@@ -51,7 +51,11 @@ def evaluate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Faithfulness, ROC, CPR and CMD, completeness, minimality and a random baseline, on held-out examples."""
+    """How good finished runs are, on held-out examples.
+
+    Faithfulness, ROC, CPR and CMD, completeness, minimality and a random baseline. With --out the same command goes
+    on after a kill.
+    """
     options = _options(locals())
     from pahq import assessment
 
@@ -74,7 +78,10 @@ def compare(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Runs of several methods side by side, the best first: AUC, faithfulness, size, time, memory, states."""
+    """Finished runs side by side, the best first.
+
+    AUC, faithfulness, size, time, memory, states. With --out the same command goes on after a kill.
+    """
     options = _options(locals())
     from pahq import assessment
 

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def methods(quiet: Quiet = False, as_json: Json = False) -> None:
-    """List the methods with their options and defaults (for --method-option)."""
+    """List the methods with their options and defaults.
+
+    For --method, --prefilter and --method-option of 'pahq discover'.
+    """
     tell([_facts(method) for method in METHODS.values()], _show, quiet=quiet, as_json=as_json)
 
 

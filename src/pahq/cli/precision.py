@@ -36,13 +36,14 @@ Seed = Annotated[int, typer.Option(help="Seed that draws the prompts (and the ed
 Threshold = Annotated[float, typer.Option(help="Decisions compared are: effect below this or not.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, …")]
 TaskOption = Annotated[
-    list[str] | None, typer.Option(help="An option of the task, NAME=VALUE, such as templates=8; repeat for more.")
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="An option of the task, such as templates=8; repeat for more."),
 ]
 Out = Annotated[str | None, typer.Option(help="Folder for CSV, plot and run.json (default: runs/precision-…).")]
 
 
 def policies(quiet: Quiet = False, as_json: Json = False) -> None:
-    """The precision policies (component kind by format), and the formats."""
+    """List the precision policies and the number formats."""
     from pahq.precision.formats import FORMATS
     from pahq.precision.policy import POLICIES
 
@@ -110,7 +111,10 @@ def snr(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """How the signal of one removed edge fares on its way through later layers in low precision, in dB."""
+    """What low precision leaves of an edge's signal, in dB.
+
+    The signal is the change that removing the edge makes, on its way through later layers.
+    """
     config = _config(locals())
     folder = _folder("snr", config, policy) if out is None else out
 
@@ -151,7 +155,10 @@ def sensitivity(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Which component bears which format: agreement with FP32, bytes, time; and a table for a budget."""
+    """Which component bears which format.
+
+    Agreement with FP32, bytes and time of each, and a recommended table for a budget.
+    """
     config = _config(locals())
     folder = _folder("sensitivity", config, quantised) if out is None else out
     chosen = None if kinds is None else _list(kinds)
@@ -186,7 +193,10 @@ def groups(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Scoring many edges at once: heads held in FP32 at a time, against memory, time and agreement."""
+    """How many heads in FP32 at a time are worth it.
+
+    Scores many edges at once; heads held in FP32 against memory, time and agreement.
+    """
     config = _config(locals())
     folder = _folder("groups", config, policy) if out is None else out
     chosen = None if sizes is None else _integers(sizes)

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
     from pahq.report.tables import Column, Row
 
-reproduce_app = typer.Typer(
-    help="Run the published comparison again: its tables and figures, measured beside published.", no_args_is_help=True
-)
+reproduce_app = typer.Typer(help="Run the published comparison again, beside its figures.", no_args_is_help=True)
 
 Offline = Annotated[
     bool, typer.Option("--offline", help="Take stand-ins that come with pahq, not the paper's models from the hub.")
@@ -57,7 +55,10 @@ def table_auc(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """AUC of every method against the known circuits, by task and metric."""
+    """AUC of every method against the known circuits.
+
+    By task and metric.
+    """
     options = _words(locals(), ("tasks", "truths", "metrics", "methods"))
     options["kinds"] = options.pop("metrics")
 
@@ -111,7 +112,10 @@ def table_ablation(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """What each of the three streams gains: measured on a GPU, modelled elsewhere."""
+    """What each of the three streams gains.
+
+    Measured on a GPU, modelled elsewhere.
+    """
     options = _words(locals(), ())
 
     def run(how: Any, **rest: Any) -> Row:
@@ -137,7 +141,10 @@ def figure_rtn(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """What rounding everything does to FP32's circuit: edges kept, AUC, effects that are exactly zero."""
+    """What rounding everything does to FP32's circuit.
+
+    Edges kept, AUC, effects that are exactly zero.
+    """
     options = _words(locals(), ("methods",))
 
     def run(how: Any, **rest: Any) -> Row:
@@ -161,7 +168,10 @@ def gpt2_ioi(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Sizes and KL of GPT-2's IOI circuits beside ACDC's published ones; exit code 3 where one lies outside."""
+    """Sizes and KL of GPT-2's IOI circuits beside ACDC's.
+
+    Exit code 3 where one lies outside of what is published.
+    """
     options = _words(locals(), ())
 
     def run(how: Any, **rest: Any) -> Row:

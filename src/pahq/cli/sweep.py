@@ -17,14 +17,6 @@ if TYPE_CHECKING:
     from pahq.report.tables import Row
     from pahq.sweeps.sweep import Plan
 
-EPILOG = """Examples:
-
-  pahq sweep --tasks ioi,greaterthan --models smollm2-135m --thresholds 0.3,0.1 --metrics kl_div --n 4 --jobs 2
-
-  pahq sweep sweep.yaml --jobs 2 --out runs/mine
-
-  pahq sweep paper --dry-run --only 'ioi_*'
-"""
 Words = list[str] | None
 
 
@@ -61,7 +53,10 @@ def sweep(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Run a grid: tasks × models × metrics × methods × policies × thresholds. The same command goes on with it."""
+    """Run a grid of tasks, models, methods and thresholds.
+
+    Of metrics and policies, too. The same command goes on with it.
+    """
     if list_grids:
         _list(quiet, as_json)
         return

@@ -35,7 +35,7 @@ def default(context: typer.Context, quiet: Quiet = False, as_json: Json = False)
 
 @tasks_app.command("list")
 def list_command(quiet: Quiet = False, as_json: Json = False) -> None:
-    """Names, descriptions and default metrics of the built-in tasks."""
+    """List the tasks with their default metrics."""
     from pahq.task import list_tasks
 
     names = ("name", "default_metric", "description")
@@ -65,12 +65,16 @@ def show(
     pad: Annotated[bool, typer.Option("--pad", help="Allow prompts of unequal length (files only).")] = False,
     bos: Annotated[bool, typer.Option("--bos", help="Start prompts with the beginning-of-sequence token.")] = False,
     task_option: Annotated[
-        list[str] | None, typer.Option(help="An option of the task, NAME=VALUE, such as templates=8; repeat for more.")
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An option of the task, such as templates=8; repeat for more."),
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Prompts with the tokens marked where clean and corrupt differ, and how well the model does on both."""
+    """Show prompts as a model sees them, and how it does.
+
+    Tokens are marked where clean and corrupted prompts differ.
+    """
     from pahq.model import load_model
     from pahq.task import get_task
 

@@ -28,7 +28,10 @@ def view(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Write a circuit as one HTML page: threshold slider, paths, attention patterns, words, a second circuit."""
+    """Write a circuit as one HTML page for the browser.
+
+    With a threshold slider, paths, attention patterns, words, and a second circuit laid over it.
+    """
     from pahq.report.progress import watch_for
     from pahq.viewing import view as write
 
