@@ -14,6 +14,7 @@ import yaml
 import commands
 from commands import Pahq
 from pahq.cli import codes
+from pahq.method.registry import METHODS as METHOD_NAMES
 from pahq.report import machine
 
 
@@ -49,6 +50,79 @@ def test_a_run_is_repeated_from_its_record(pahq: Pahq, files: Path, tmp_path: Pa
     assert pahq("discover", *words).code == codes.DONE
     changed = {"seed": 4, "method_options": {"steps": 3}, "split_qkv": True, "absolute": False}
     assert config_of(tmp_path / "c") == {**config_of(tmp_path / "a"), **changed}
+
+
+METHODS: list[dict[str, object]] = [
+    {"method": "acdc", "threshold": 0.01, "policy": "pahq", "under_test": "sender", "sender_order": "earliest"},
+    {"method": "acdc", "threshold": 0.01, "prefilter": "hisp", "keep": 0.5},
+    {"method": "eap", "threshold": 0.01, "metric": "logit_diff"},
+    {"method": "exact", "edges": 30, "select": "greedy"},
+    {"method": "hisp", "edges": 30},
+    {"method": "subnetwork-probing", "metric": "logit_diff", "method_option": "steps=3"},
+    {"method": "edge-pruning", "metric": "logit_diff", "method_option": "steps=3"},
+    {"method": "information-flow", "edges": 30},
+    {"method": "random", "edges": 30, "seed": 2},
+]
+"""With ``eap-ig`` above, every method there is."""
+
+
+@pytest.mark.parametrize("given", METHODS, ids=lambda given: str(given.get("prefilter", given["method"])))
+def test_every_method_is_repeated_from_its_record(
+    pahq: Pahq, files: Path, tmp_path: Path, given: dict[str, object]
+) -> None:
+    rest = ["-q", "--no-view", "--out"]
+    first = pahq("discover", *commands.options(files, **given), *rest, tmp_path / "a")
+    assert first.code == codes.DONE, first.err
+    again = pahq("discover", "--config", tmp_path / "a" / "run.json", *rest, tmp_path / "b")
+    assert again.code == codes.DONE, again.err
+    assert config_of(tmp_path / "b") == config_of(tmp_path / "a")
+    for name in ("circuit.safetensors", "circuit.json"):
+        one, other = ((tmp_path / run / name).read_bytes() for run in "ab")
+        assert one == other, name
+
+
+def test_these_are_all_methods() -> None:
+    assert {str(given["method"]) for given in METHODS} | {"eap-ig"} == set(METHOD_NAMES)
+
+
+def test_evaluations_are_repeated_from_their_records(pahq: Pahq, files: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        words = commands.options(files, method="random", edges=30, seed=seed)
+        assert pahq("discover", *words, "-q", "--no-view", "--out", tmp_path / name).code == codes.DONE
+    few = ["--n", 5, "--bootstrap", 20, "--seed", 4, "--metric", "kl_div"]
+    more = ["--knockouts", 0, "--removals", 1, "--random-circuits", 1, "--unit", "edge", "--against", tmp_path / "b"]
+    for command, kind, options in (("evaluate", "evaluation", [*few, *more]), ("compare", "comparison", few)):
+        runs, out = (tmp_path / "a", tmp_path / "b"), tmp_path / kind
+        first = pahq(command, *runs, *options, "-q", "--json", "--out", out)
+        assert first.code == codes.DONE, first.err
+        record, told = out / f"{kind}.json", json.loads(first.out)
+        again = pahq(command, "--config", record, "-q", "--json")
+        assert again.code == codes.DONE, again.err
+        same = json.loads(again.out)
+        for name in ("options", "runs", "roc", "agreement", "notes"):
+            assert same[name] == told[name], name
+
+        facts = {"runs": [str(run) for run in runs], "n": 4, "bootstrap": 0, "metric": "kl_div"}
+        facts |= {"knockouts": 0, "removals": 0, "random-circuits": 0} if command == "evaluate" else {}
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump(facts))
+        own = pahq(command, "--config", tmp_path / "own.yaml", "--n", 3, "-q", "--json")
+        assert own.code == codes.DONE, own.err
+        assert [(row["run"], row["prompts"]) for row in json.loads(own.out)["runs"]] == [(str(r), 3) for r in runs] or (
+            command == "compare"
+        )
+        other = {"evaluate": "compare", "compare": "evaluate"}[command]
+        refused = pahq(other, "--config", record)
+        assert refused.error == f"{record}: the record of pahq {command}; give it to that command"
+        assert f"the record of pahq {command}" in pahq("discover", "--config", record).error
+    (tmp_path / "own.yaml").write_text("runs: a")
+    assert "runs is 'a'; give a list" in pahq("compare", "--config", tmp_path / "own.yaml").error
+
+
+def test_json_may_stand_in_a_file(pahq: Pahq, tmp_path: Path) -> None:
+    """Then an error is told as JSON, too."""
+    (tmp_path / "c.yaml").write_text("json: true\nmodel: m\ntask: ioi\nthreshold: -1\n")
+    answer = pahq("discover", "--config", tmp_path / "c.yaml")
+    assert answer.error in json.loads(answer.out)["error"]["message"]
 
 
 def test_yaml_says_the_same_as_flags(pahq: Pahq, files: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pahq.cli import codes
-from pahq.cli.config_file import take_config
+from pahq.cli.config_file import Config
 from pahq.cli.options import method_options, task_options
 from pahq.cli.output import Json, Manner, Quiet, fail, failed, tell
 from pahq.cli.running import Interrupted, guarded
@@ -141,15 +141,7 @@ def discover(
     tracking: Tracking | None = None,
     quiet: Quiet = False,
     as_json: Json = False,
-    config_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--config",
-            callback=take_config,
-            is_eager=True,
-            help="Options from a YAML or JSON file, or a run.json, by their names; flags override them.",
-        ),
-    ] = None,
+    config_file: Config = None,
 ) -> None:
     """Find a circuit. The same command goes on with a run that was cut short."""
     options = {name: value for name, value in locals().items() if name in RunConfig.__dataclass_fields__}

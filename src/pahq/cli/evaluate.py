@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pahq.cli.config_file import Config
 from pahq.cli.output import Json, Quiet, tell
 from pahq.cli.running import guarded
 
@@ -50,6 +51,7 @@ def evaluate(
     out: Out = None,
     quiet: Quiet = False,
     as_json: Json = False,
+    config_file: Config = None,
 ) -> None:
     """How good finished runs are, on held-out examples.
 
@@ -77,6 +79,7 @@ def compare(
     out: Out = None,
     quiet: Quiet = False,
     as_json: Json = False,
+    config_file: Config = None,
 ) -> None:
     """Finished runs side by side, the best first.
 
@@ -89,7 +92,9 @@ def compare(
 
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in given.items() if name not in ("runs", "out", "quiet", "as_json")}
+    return {
+        name: value for name, value in given.items() if name not in ("runs", "out", "quiet", "as_json", "config_file")
+    }
 
 
 def _finish(
