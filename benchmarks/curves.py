@@ -24,7 +24,7 @@ from pahq.evaluation import faithfulness
 from pahq.evaluation.examples import Examples
 from pahq.files import read_json, write_atomic, write_json
 from pahq.model import Transformer, load_model
-from pahq.report import plots
+from pahq.report.figures import chart
 from pahq.report.finished import FinishedRun
 from pahq.report.progress import Watch, watch_for
 from pahq.report.tables import Column, Row, decimals, mebibytes, number, screen
@@ -209,9 +209,9 @@ def main() -> None:
         figures |= {f"seconds_{name}": cost["seconds"], f"mib_{name}": cost["bytes"] / 2**20}
     shown = [row for row in rows if row["recovered"] is not None and row["edges"]]
     if given.plot is not None and shown:
-        image = plots.draw(lambda figure, of: draw(figure, list(of), costs), shown)
+        image = chart.draw(lambda figure, of: draw(figure, list(of), costs), shown)
         if image is None:
-            print(plots.MISSING)
+            print(chart.MISSING)
         else:
             write_atomic(given.plot, image)
     details = {"options": {k: str(v) for k, v in vars(given).items()}, "points": rows, "costs": costs}

@@ -22,8 +22,10 @@ from pahq.evaluation.knockouts import Unit, completeness, minimality, parts_of
 from pahq.evaluation.reference import Reference, beside, is_ranking
 from pahq.held_out import HeldOut
 from pahq.inputs import task_options, timestamp
-from pahq.report import evaluation_plots, machine, plots
+from pahq.report import machine
 from pahq.report.evaluation import curve_rows, flat
+from pahq.report.figures.chart import MISSING
+from pahq.report.figures.curves import drawn
 from pahq.report.finished import FinishedRun, finished_run, group_names, run_names
 from pahq.report.progress import Watch
 from pahq.report.references import RANKINGS, other_run, reference_of, roc_of, truths_of
@@ -211,8 +213,8 @@ def _assess(
         }
         if folder is not None:
             tables = {kind: flat(record), "curves": curve_rows(record)}
-            if not folder.write(record, tables, evaluation_plots.drawn(record, kind)):
-                watch.say(plots.MISSING)
+            if not folder.write(record, tables, drawn(record, kind)):
+                watch.say(MISSING)
     except BaseException as error:  # after Ctrl-C there is something to go on with; else things are left as they were
         bench.end()
         if folder is not None:

@@ -20,8 +20,10 @@ from pahq.inputs import DTYPES, absolute, acdc_options, device_of, metric_of, ta
 from pahq.method.acdc import Progress
 from pahq.model import Transformer, load_model
 from pahq.precision.policy import get_policy
-from pahq.report import identity, machine, plots
+from pahq.report import identity, machine
 from pahq.report.config import RunConfig
+from pahq.report.figures.chart import MISSING
+from pahq.report.figures.precision import draw_groups, draw_sensitivity, draw_snr
 from pahq.report.folder import RUN_FILE
 from pahq.report.progress import Watch
 from pahq.report.steps import Steps
@@ -45,7 +47,7 @@ def snr(config: RunConfig, out: Folder, edge: str | None = None, **how: Any) -> 
         return asdict(found)
 
     facts = {"policy": policy.to_dict(), "options": {"edge": edge}}
-    return _study("snr", config, out, measure, plots.snr, facts, **how)
+    return _study("snr", config, out, measure, draw_snr, facts, **how)
 
 
 def sensitivity(
@@ -85,7 +87,7 @@ def sensitivity(
         "tests": tests,
         "budget": budget,
     }
-    return _study("sensitivity", config, out, measure, plots.sensitivity, {"options": asked}, **how)
+    return _study("sensitivity", config, out, measure, draw_sensitivity, {"options": asked}, **how)
 
 
 def groups(
@@ -113,7 +115,7 @@ def groups(
         return asdict(found)
 
     facts = {"policy": policy.to_dict(), "options": {"heads": heads, "tests": tests, "sizes": sizes}}
-    return _study("groups", config, out, measure, plots.groups, facts, **how)
+    return _study("groups", config, out, measure, draw_groups, facts, **how)
 
 
 def _options_of(run: Folder, config: RunConfig) -> RunConfig:
@@ -225,5 +227,5 @@ def _study(
         folder.discard()
         raise
     if len(files) == 2:
-        watch.say(plots.MISSING)
+        watch.say(MISSING)
     return record

@@ -8,7 +8,6 @@ from typing import Any
 
 from pahq.errors import PahqError
 from pahq.evaluation.circuit import Circuit
-from pahq.evaluation.truth.base import load_truth, moved
 from pahq.inputs import load, task_options
 from pahq.model import Transformer
 from pahq.precision.policy import get_policy
@@ -16,6 +15,7 @@ from pahq.report import identity
 from pahq.report.config import OBJECT
 from pahq.report.finished import FinishedRun, finished_run
 from pahq.report.progress import Watch
+from pahq.report.references import overlay_of
 from pahq.report.viewer.drawing import Overlay, kept_nodes
 from pahq.report.viewer.evidence import evidence
 from pahq.report.viewer.facts import page_data
@@ -46,7 +46,7 @@ def view(
     """
     watch = Watch() if watch is None else watch
     found = finished_run(run)
-    overlay = _overlay(found, against, truth)
+    overlay = overlay_of(found, truth, against)
     path = _file(found, out, overlay, (against, truth))
     shown, missing = _kept_evidence(found), ""
     if shown is None and not with_model:
@@ -73,19 +73,6 @@ def write_viewer(
     except Exception as error:
         reason = " ".join(str(error).split())
         watch.say(f"note: {VIEWER_FILE} was not written ({type(error).__name__}: {reason}); try: pahq view {folder}")
-
-
-def _overlay(run: FinishedRun, against: str | PathLike[str] | None, truth: str | None) -> Overlay | None:
-    if against is not None and truth is not None:
-        raise PahqError("truth, against: both would be laid over the circuit; give one of them")
-    graph = run.circuit.graph
-    if against is not None:
-        other = finished_run(against)
-        return Overlay(other.path.resolve().name, moved(other.circuit.graph, other.circuit.mask, graph, str(against)))
-    if truth is not None:
-        known = load_truth(truth, graph)
-        return Overlay(known.name, known.on(graph))
-    return None
 
 
 def _file(run: FinishedRun, out: Any, overlay: Overlay | None, names: tuple[Any, Any]) -> Path:

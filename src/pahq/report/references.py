@@ -10,8 +10,9 @@ from typing import Any
 from pahq.errors import PahqError
 from pahq.evaluation.agreement import check_same
 from pahq.evaluation.reference import Reference, areas, is_ranking
-from pahq.evaluation.truth.base import Truth, load_truth
+from pahq.evaluation.truth.base import Truth, load_truth, moved
 from pahq.report.finished import FinishedRun, finished_run, group_names
+from pahq.report.viewer.drawing import Overlay
 
 RANKINGS = ("absolute", "signed")
 """Edges are ranked by the size of their scores, or by signed scores."""
@@ -20,7 +21,7 @@ RANKINGS = ("absolute", "signed")
 def other_run(truth: str | None, against: str | PathLike[str] | None) -> FinishedRun | None:
     """The run in ``against``, None without; raises PahqError where a truth is given as well."""
     if truth is not None and against is not None:
-        raise PahqError("truth, against: both would be the reference; give one of them")
+        raise PahqError("truth, against: only one can be beside a run; give one of them")
     return None if against is None else finished_run(against)
 
 
@@ -48,6 +49,17 @@ def reference_of(run: FinishedRun, truth: Truth | None, other: FinishedRun | Non
         return None
     check_same(graph, other.circuit.graph, (str(run.path), str(other.path)))
     return Reference(str(other.path), graph, other.circuit.mask)
+
+
+def overlay_of(run: FinishedRun, truth: str | None, against: str | PathLike[str] | None) -> Overlay | None:
+    """The second circuit to lay over a run's, as edges of that one's graph; None without truth and other run."""
+    graph, other = run.circuit.graph, other_run(truth, against)
+    if other is not None:
+        return Overlay(other.path.resolve().name, moved(other.circuit.graph, other.circuit.mask, graph, str(against)))
+    if truth is not None:
+        known = load_truth(truth, graph)
+        return Overlay(known.name, known.on(graph))
+    return None
 
 
 def roc_of(runs: Sequence[FinishedRun], references: Sequence[Reference | None], absolute: bool) -> list[dict[str, Any]]:

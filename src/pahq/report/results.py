@@ -9,7 +9,7 @@ from typing import Any
 
 from pahq.errors import PahqError
 from pahq.files import naming, read_json, write_atomic, write_json
-from pahq.report import plots
+from pahq.report.figures.chart import draw
 from pahq.report.passes import PassesFile
 from pahq.report.tables import Row, as_csv, as_json
 
@@ -64,7 +64,7 @@ class ResultFolder:
 
         Empty tables, and plots without rows, are left out, and an earlier one of that name goes.
         """
-        images = {name: plots.draw(plot, rows) if rows else None for name, (plot, rows) in drawn.items()}
+        images = {name: draw(plot, rows) if rows else None for name, (plot, rows) in drawn.items()}
         with naming(self.path):
             (self.path / self._record).unlink(missing_ok=True)  # what it told about is being replaced
             for name in (*(f"{name}.csv" for name in tables), *(f"{name}.png" for name in drawn)):

@@ -9,7 +9,7 @@ from typing import Any
 
 from pahq.errors import PahqError
 from pahq.files import naming, read_json, write_atomic, write_json
-from pahq.report import plots
+from pahq.report.figures.chart import draw
 from pahq.report.folder import LOCK_FILE, RUN_FILE
 from pahq.report.tables import Row, as_csv, as_json
 
@@ -53,7 +53,7 @@ class StudyFolder:
     ) -> list[str]:
         """Writes CSV, plot and record; -> the files' names (no plot without matplotlib)."""
         csv, png = self._names
-        image = plots.draw(plot, rows)
+        image = draw(plot, rows)
         with naming(self.path):
             (self.path / RUN_FILE).unlink(missing_ok=True)  # what it told about is being replaced
             (self.path / png).unlink(missing_ok=True)

@@ -12,7 +12,8 @@ import torch
 from pahq.errors import PahqError
 from pahq.files import naming, write_atomic, write_json
 from pahq.inputs import timestamp
-from pahq.report import machine, plots
+from pahq.report import machine
+from pahq.report.figures.chart import draw
 from pahq.report.results import Plot
 from pahq.report.tables import Row, as_csv, as_json
 from pahq.reproduction.cells import RUNS, Grid
@@ -77,7 +78,7 @@ class Reproduction:
             if rows:
                 write_atomic(self._file(name, "csv"), as_csv(rows))
         for name, (plot, rows) in (drawn or {}).items():
-            image = plots.draw(plot, rows) if rows else None
+            image = draw(plot, rows) if rows else None
             if image is not None:
                 write_atomic(self._file(name, "png"), image)
         write_json(self._file("", "json"), as_json(found))
