@@ -8,7 +8,7 @@ from typing import Any
 
 from pahq.report.progress import LiveWatch, Watch, as_time
 from pahq.report.tables import Row
-from pahq.sweeps.status import counted
+from pahq.sweeps.status import STATES, counted
 
 INTERVAL = 1.0
 """Seconds between two looks at how far runs are."""
@@ -104,11 +104,12 @@ class LiveBoard(Board):
         counts = counted(self.rows.values())
         told = ", ".join(f"{count:,} {state}" for state, count in counts.items() if count)
         ended = counts["done"] + counts["failed"]
-        table = Table(box=None, pad_edge=False, show_header=False)
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True, overflow="ellipsis")
+        table = Table(box=None, pad_edge=False, show_header=False, expand=True)
+        names = min(max(map(len, self.rows), default=0), max(self.console.width // 2 - 8, 20))
+        table.add_column(no_wrap=True, width=max(map(len, STATES)))
+        table.add_column(no_wrap=True, overflow="ellipsis", width=names)
         table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-        table.add_column(justify="right", no_wrap=True)
+        table.add_column(no_wrap=True, justify="right", width=len("1:00:00"))
         room = max(4, self.console.height - len(self._running) - 4)
         failed = [row for row in self.rows.values() if row["state"] == "failed"][-(room // 3 or 1) :]
         done = [row for row in self._recent if row["state"] == "done"][-(room // 3 or 1) :]
@@ -122,4 +123,6 @@ class LiveBoard(Board):
             table.add_row(Text("running", "yellow"), Text(name), Text(progress), elapsed)
         for row in waiting:
             table.add_row(Text(row["state"], "dim"), Text(row["run"], "dim"), "", "")
-        return Group(Text(told), ProgressBar(max(len(self.rows), 1), ended), table)
+        bar = Table.grid(expand=True)  # a bar alone does not end its line
+        bar.add_row(ProgressBar(max(len(self.rows), 1), ended))
+        return Group(Text(told), bar, table)

@@ -63,7 +63,8 @@ def page(record: dict[str, Any], written: str) -> bytes:
     rows: Sequence[Row] = record["runs"]
     going = record["finished"] is None
     columns = (Column("state", "state"), *WORDS, *_present(rows))
-    heads = "".join(_head(column) for column in columns)
+    first, *others = map(_head, columns)
+    heads = "".join([first, '<th class="plain" scope="col">see</th>', *others])
     style, script = _part("page.css"), _part("page.js")
     # No script but this very one runs, whatever got into the page.
     sure = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -93,7 +94,7 @@ def page(record: dict[str, Any], written: str) -> bytes:
 <button type="button" aria-label="other way round">▲</button></span>
 </div>
 <div class="wide"><table>
-<thead><tr>{heads}<th class="plain" scope="col">see</th></tr></thead>
+<thead><tr>{heads}</tr></thead>
 <tbody>
 {"".join(_row(row, columns) for row in rows)}</tbody>
 </table></div>
@@ -126,8 +127,12 @@ def _told(record: dict[str, Any]) -> str:
 
 def _times(record: dict[str, Any], written: str) -> str:
     versions = record["versions"]
-    end = f"as of {written}" if record["finished"] is None else f"ended {record['finished']}"
-    return f"began {record['started']}, {end} · pahq {versions['pahq']}, torch {versions['torch']}"
+    end = f"as of {_time(written)}" if record["finished"] is None else f"ended {_time(record['finished'])}"
+    return f"began {_time(record['started'])}, {end} · pahq {versions['pahq']}, torch {versions['torch']}"
+
+
+def _time(stamp: str) -> str:
+    return stamp.replace("T", " ").replace("+00:00", " UTC")
 
 
 def _bar(counts: dict[str, int]) -> str:
@@ -160,16 +165,15 @@ def _row(row: Row, columns: Sequence[Column]) -> str:
     data = {key: "" if row.get(key) is None else str(row[key]) for key in known}
     text = " ".join(str(row.get(key) or "") for key in ("run", "state", "reason", *(c.key for c in WORDS)))
     facts = "".join(f' data-{key}="{escape(value)}"' for key, value in data.items())
-    cells = [f'<td class="state {escape(row["state"])}">{escape(row["state"])}</td>']
-    cells += [_cell(row, column) for column in WORDS]
+    state, run = escape(row["state"]), escape(row["run"])
+    cells = [f'<td class="state {state}" data-run="{run}" title="{run}">{state}</td>']
+    cells += [_links(row), *(_cell(row, column) for column in WORDS)]
     figures = columns[1 + len(WORDS) :]
     if row["state"] == "done":
         cells += [_cell(row, column) for column in figures]
     else:
         cells.append(f'<td class="why" colspan="{len(figures)}">{escape(row.get("reason") or "")}</td>')
-    return (
-        f'<tr{facts} data-text="{escape(text.lower())}" id="{escape(row["run"])}">{"".join(cells)}{_links(row)}</tr>\n'
-    )
+    return f'<tr{facts} data-text="{escape(text.lower())}" id="{run}">{"".join(cells)}</tr>\n'
 
 
 def _cell(row: Row, column: Column) -> str:
@@ -180,7 +184,7 @@ def _cell(row: Row, column: Column) -> str:
         shown = ""
     else:
         shown = str(value) if column.show is None else column.show(value)
-    kind = "word" if column.show is None else "figure"
+    kind = f'word" title="{escape(shown)}' if column.show is None else "figure"  # long names are cut short
     return f'<td class="{kind}" data-title="{escape(column.title)}">{escape(shown)}</td>'
 
 
