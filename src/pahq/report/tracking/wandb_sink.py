@@ -182,9 +182,8 @@ class Wandb:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of what wandb says."""
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    """What wandb says, in one line."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def _silent() -> contextlib.AbstractContextManager[Any]:
