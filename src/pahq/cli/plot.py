@@ -40,7 +40,7 @@ def plot(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Draw a figure for a paper: SVG, PDF or PNG, with its data as CSV.
+    """Draw a figure for a paper, with its data as CSV.
 
     \b
     graph         the circuit of a run (--truth, --against: over another)
