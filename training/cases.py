@@ -14,7 +14,8 @@ class Case:
     batch: prompts a step, in pairs that serve as each other's source. decay: AdamW's weight decay, which quiets parts
     that the program does not use. alone: share of the training at its start in which all edges outside the circuit
     carry means over the batch, and probes hold its nodes to the program's variables: else other ways are found sooner.
-    alike: (layer, head) whose keys begin as its queries do.
+    alike: (layer, head) whose keys begin as its queries do. offset: what is added to all position embeddings at the
+    start: a mean of the residual stream, which every LayerNorm takes out again.
     """
 
     n_layers: int
@@ -26,6 +27,7 @@ class Case:
     decay: float = 0.1
     alone: float = 0.3
     alike: tuple[tuple[int, int], ...] = ()
+    offset: float = 0.0
     seed: int = 0
 
     def config(self, name: str, d_vocab: int, length: int) -> ModelConfig:
@@ -49,6 +51,7 @@ CASES = {
     "sum": Case(n_layers=2, d_model=32, d_mlp=128, steps=1000),
     "majority": Case(n_layers=3, d_model=32, d_mlp=64, steps=1200),
     "induction": Case(n_layers=3, d_model=48, d_mlp=96, steps=1500, alone=0.4),
+    "induction-offset": Case(n_layers=3, d_model=48, d_mlp=96, steps=1100, alone=0.4, offset=64.0),
     "maximum": Case(n_layers=2, d_model=32, d_mlp=64, steps=1500),
     "ioi": Case(n_layers=6, d_model=48, d_mlp=96, steps=1200, batch=64, alone=0.5, alike=((0, 1),)),
 }

@@ -49,8 +49,18 @@ class Pass:
 class Network:
     """Weights that are trained, and passes through them. Learned positions, LayerNorm, MLPs without a gate."""
 
-    def __init__(self, config: ModelConfig, generator: torch.Generator, alike: Iterable[tuple[int, int]] = ()) -> None:
-        """alike: (layer, head) whose keys begin as its queries do, so that it starts by looking for like tokens."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        generator: torch.Generator,
+        alike: Iterable[tuple[int, int]] = (),
+        offset: float = 0.0,
+    ) -> None:
+        """alike: (layer, head) whose keys begin as its queries do, so that it starts by looking for like tokens.
+
+        offset: added to all position embeddings. As the mean over the stream it changes no LayerNorm's output, in
+        exact arithmetic; rounded sums of the stream lose what is small beside it.
+        """
         self.config, self.graph = config, Graph(config)
         self.weights = {
             name: _start(name, shape, config, generator).requires_grad_() for name, (shape, _) in shapes(config).items()
@@ -58,6 +68,7 @@ class Network:
         for layer, head in alike:
             at = f"blocks.{layer}.attn.W_"
             self.weights[f"{at}K"].data[head] = self.weights[f"{at}Q"].data[head]
+        self.weights["pos_embed.W_pos"].data += offset
         self.allowed = torch.ones(config.n_ctx, config.n_ctx, dtype=torch.bool).tril()
 
     def run(self, tokens: Tensor, gates: Tensor | None = None, other: Pass | None = None) -> Pass:

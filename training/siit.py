@@ -18,6 +18,7 @@ One command a case, some minutes on one core each; same seed, same torch and one
     OMP_NUM_THREADS=1 python training/siit.py sum
     OMP_NUM_THREADS=1 python training/siit.py majority
     OMP_NUM_THREADS=1 python training/siit.py induction
+    OMP_NUM_THREADS=1 python training/siit.py induction-offset
     OMP_NUM_THREADS=1 python training/siit.py maximum
     OMP_NUM_THREADS=1 python training/siit.py ioi
 
@@ -98,7 +99,7 @@ class Interventor:
 def train(program: Program, case: Case) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """Trained weights by name, and a row of losses and accuracies every 50 steps."""
     generator = torch.Generator().manual_seed(case.seed)
-    network = Network(case.config(program.name, program.d_vocab, program.length), generator, case.alike)
+    network = Network(case.config(program.name, program.d_vocab, program.length), generator, case.alike, case.offset)
     interventor = Interventor(network.graph, program.edges(), generator)
     columns = {sender.name: at for at, sender in enumerate(network.graph.senders)}
     probes = Probes(program, columns, case.d_model, generator)
@@ -181,6 +182,7 @@ def figures(model: Transformer, program: Program, graph: Graph, mask: np.ndarray
     inside = {graph.edge_name(r, c): without(r, c) for r, c in np.argwhere(mask).tolist()}
     outside = {graph.edge_name(r, c): without(r, c) for r, c in np.argwhere(graph.edges & ~mask).tolist()}
     return {
+        "stream_mean": float(model.W_E.mean() + model.W_pos.mean()) if model.W_pos is not None else 0.0,
         "accuracy": accuracy(clean, prompts),
         "accuracy_circuit": accuracy(alone, prompts),
         "kl_circuit": divergence(alone),

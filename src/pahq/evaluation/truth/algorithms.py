@@ -1,4 +1,4 @@
-"""Four small algorithms placed in heads and MLPs: sum, majority, induction, maximum."""
+"""Small algorithms placed in heads and MLPs: sum, majority, induction (twice), maximum."""
 
 from __future__ import annotations
 
@@ -78,6 +78,17 @@ class Induction(Program):
         match = (keys == sought[:, None])[:, 1:]  # nothing comes before the first token
         found = values[:, 1:].gather(1, match.long().argmax(1, keepdim=True))[:, 0]
         return certain(wire("a2.1->logits", torch.where(match.sum(1) == 1, found, -1)), self.d_vocab)
+
+
+class InductionOffset(Induction):
+    """The same program, for a model whose residual stream stands far from zero.
+
+    The mean of its stream is about fifty times what its parts write. LayerNorm takes it out, but a sum that is rounded
+    to eight bits loses what is small beside it: as in real models (Wang et al. 2025), where the stream outgrows them.
+    """
+
+    name = "induction-offset"
+    about = "induction, in a model whose residual stream has a large mean, which rounded sums do not survive"
 
 
 class Maximum(Program):
