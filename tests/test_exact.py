@@ -313,3 +313,22 @@ def test_slope_bounds_the_gradient_of_kl() -> None:
         value = metric(LogitsReadout(at))[0]
         (gradient,) = torch.autograd.grad(value, at)
         assert float(gradient.abs().sum()) <= np.sqrt(2) * metric.slope(float(value.detach()))
+
+
+def test_no_more_is_measured_both_ways_than_a_kind_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole batches of a kind that is not known yet would be measured in FP32 as well."""
+    model, prompts = tiny.transformer(4, 4), tiny.RandomTask().prompts(tiny.transformer(4, 4), 4)
+    one = Acdc(model, prompts, AcdcOptions(0.003, policy=get_policy("bf16")))
+    sizes: list[tuple[int, int]] = []
+    evaluate = one.engine.evaluate
+
+    def watched(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        row, _ = batch.candidates[0]
+        sizes.append((one.measurer.lacks(one.graph.receivers[row].kind), batch.n_states))
+        return evaluate(batch)
+
+    monkeypatch.setattr(one.engine, "evaluate", watched)
+    one.run()
+    assert all(size <= lacks for lacks, size in sizes if lacks)
+    assert any(lacks for lacks, _ in sizes[1:])
+    assert max(size for lacks, size in sizes if not lacks) > 8

@@ -221,7 +221,10 @@ class Acdc:
     def _batch(self) -> list[Decision]:
         """Evaluates one batch of states and takes every decision that it supports."""
         stop_at = CHECKPOINT_TESTS - self._since_checkpoint
-        batch, guesses = self.speculator.batch(self.sweep, stop_at)
+        edge = self.sweep.peek()
+        lacks = 0 if edge is None else self.measurer.lacks(self.graph.receivers[edge[0]].kind)
+        # Every state of a kind that lacks some is measured in FP32 as well: no more of them than it takes.
+        batch, guesses = self.speculator.batch(self.sweep, stop_at, lacks or None)
         before = self.engine.flops.recurring
         metrics, slack = self.engine.evaluate(batch)
         cost = (self.engine.flops.recurring - before) / len(metrics)

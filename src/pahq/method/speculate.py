@@ -103,16 +103,17 @@ class Speculator:
         share = (sum(self._surprises) + 0.5) / (len(self._surprises) + 1)
         return int(min(self.max_states, max(SHORTEST, (2 * self.overhead / share) ** 0.5)))
 
-    def batch(self, sweep: Sweep, stop_at: int) -> tuple[Batch, list[bool]]:
+    def batch(self, sweep: Sweep, stop_at: int, most: int | None = None) -> tuple[Batch, list[bool]]:
         """The next states and the decisions guessed for them.
 
-        stop_at: tests after which the batch ends with the visit in progress.
+        stop_at: tests after which the batch ends with the visit in progress. most: states that it may have.
         """
+        most = self.max_states if most is None else min(most, self.max_states)
         future = sweep.copy()
         edges: list[tuple[int, int]] = []
         guesses: list[bool] = []
         unfounded = self.reach
-        while len(edges) < self.max_states:
+        while len(edges) < most:
             edge = future.peek()
             if edge is None:
                 break
