@@ -18,6 +18,7 @@ import numpy as np
 
 from pahq.errors import PahqError
 from pahq.files import naming, parse_yaml
+from pahq.method.registry import METHODS, get_method
 from pahq.sweeps.command import AXES
 
 NAMED = ("tasks", "models", "policies")
@@ -112,8 +113,6 @@ def points(part: Mapping[str, Any]) -> list[dict[str, tuple[str, Any]]]:
 
     Raises PahqError for a method that lacks a size.
     """
-    from pahq.method.registry import get_method
-
     found = []
     axes = ("tasks", "models", "metrics", "methods", "policies")
     for chosen in product(*(part[axis].items() for axis in axes)):
@@ -144,6 +143,9 @@ def _part(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(name, str):
         raise PahqError(f"{where}: name: {name!r} is no text; put it in quotes")
     axes = {key: _axis(key, given.get(key), where) for key in AXES.values()}
+    for method in axes["methods"].values():
+        if method not in METHODS:
+            raise PahqError(f"{where}: methods: '{method}' is unknown; known: {', '.join(METHODS)}")
     return {**axes, "name": name, "options": given.get("options") or {}, "where": where}
 
 

@@ -22,6 +22,8 @@ from pahq.sweeps.progress import Meter
 from pahq.sweeps.runs import Run
 from pahq.sweeps.status import SweepFolder
 
+JOB = (sys.executable, "-m", "pahq.sweeps.job")
+"""Command of a run's process; what follows ``pahq`` follows it."""
 POLL = 0.1
 """Seconds between two looks at the processes."""
 GRACE = 20.0
@@ -89,7 +91,7 @@ class Runner:
     def _process(self, run: Run, log: BinaryIO) -> subprocess.Popen[bytes]:
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "NO_COLOR": "1"}
         return subprocess.Popen(
-            [sys.executable, "-m", "pahq.sweeps.job", *run.words(self.folder.path)],
+            [*JOB, *run.words(self.folder.path)],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -14,7 +14,7 @@ from pahq.errors import PahqError
 from pahq.inputs import absolute, device_of, metric_of, task_options
 from pahq.method.registry import get_method
 from pahq.precision.policy import get_policy
-from pahq.report.config import CHOICES, RunConfig
+from pahq.report.config import RunConfig
 from pahq.sweeps.command import AXES, judged, words
 from pahq.sweeps.grid import parts, points
 from pahq.task import get_task
@@ -60,7 +60,7 @@ def expand(grid: Mapping[str, Any], where: str, only: str | None = None) -> list
             other = found.setdefault(run.name.lower(), run)  # some file systems do not tell case apart
             if other.config != run.config:
                 raise PahqError(
-                    f"{part['where']}: run {run.name} is there already ({other.config.difference(run.config)}); "
+                    f"{part['where']}: run {run.name} is there already ({run.config.difference(other.config)}); "
                     "give this part a 'name', in which its runs' names end, or name its models or tasks"
                 )
     runs = list(found.values())
@@ -88,9 +88,6 @@ class _Judge:
 
     def run(self, point: Mapping[str, tuple[str, Any]], suffix: str, extras: Mapping[str, Any]) -> Run:
         values = {option: point[key][1] for option, key in AXES.items() if key in point}
-        if values["method"] not in CHOICES["method"]:
-            known = ", ".join(CHOICES["method"])
-            raise PahqError(f"{self.where}: methods: '{values['method']}' is unknown; known: {known}")
         config = self._naming("options", lambda: absolute(RunConfig(**values, **self.options)))
         task = self._task(config)
         config = replace(config, metric=self._naming("metrics", lambda: metric_of(config.metric, task)))
