@@ -1,6 +1,7 @@
 # Two commands, each enough by itself on a machine with Python 3.11+ and make:
 #   make demo   set-up, then a circuit of a real language model, into runs/demo
 #   make test   set-up, then format, lint, types and tests
+# make docs builds the documentation's site, into build/docs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ TORCH := torch==2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: setup demo test
+.PHONY: setup demo test docs
 .DEFAULT_GOAL := demo
 
 setup: $(READY)
@@ -37,3 +38,6 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/pytest --numprocesses=auto --dist=loadfile
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
