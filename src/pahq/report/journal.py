@@ -88,10 +88,10 @@ class Journal:
         self._file.close()
 
 
-def read(path: Path) -> tuple[list[Decision], dict[str, Any]]:
+def read(path: Path, finished: bool = False) -> tuple[list[Decision], dict[str, Any]]:
     """The decisions in ``path`` up to the last checkpoint, and the work spent on everything in it.
 
-    A torn last line is dropped. Raises PahqError for damage anywhere else, naming the line.
+    finished: the run is over, and what comes after its last checkpoint belongs to it. A torn last line is dropped. Raises PahqError for damage anywhere else, naming the line.
     """
     decisions: list[Decision] = []
     spent: dict[str, Any] = {}
@@ -113,7 +113,7 @@ def read(path: Path) -> tuple[list[Decision], dict[str, Any]]:
                 break
             raise PahqError(f"{path}: line {number} is damaged; start the run anew in another folder")
         decisions.append(decision)
-    while decisions and not decisions[-1].checkpoint:
+    while decisions and not (finished or decisions[-1].checkpoint):
         decisions.pop()
     # What was found beyond the last checkpoint will be found again.
     disagreements = [found for found in disagreements if found["order"] < len(decisions)]

@@ -141,7 +141,7 @@ def timeline(run: Folders) -> Chart:
     config = of.run.config
     if config.method != "acdc" or config.threshold is None:
         raise wrong("timeline", of, f"{config.method} scores edges and takes no decisions in turn; give {needs}")
-    taken, _ = read(of.path / JOURNAL_FILE)
+    taken, _ = read(of.path / JOURNAL_FILE, finished=True)
     if not taken:
         raise PahqError(
             f"plot timeline: {of.path / JOURNAL_FILE} is missing or empty; give a run whose folder is whole"
