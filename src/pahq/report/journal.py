@@ -91,7 +91,8 @@ class Journal:
 def read(path: Path, finished: bool = False) -> tuple[list[Decision], dict[str, Any]]:
     """The decisions in ``path`` up to the last checkpoint, and the work spent on everything in it.
 
-    finished: the run is over, and what comes after its last checkpoint belongs to it. A torn last line is dropped. Raises PahqError for damage anywhere else, naming the line.
+    finished: the run is over, and what comes after its last checkpoint belongs to it. A torn last line is dropped.
+    Raises PahqError for damage anywhere else, naming the line.
     """
     decisions: list[Decision] = []
     spent: dict[str, Any] = {}
