@@ -26,7 +26,8 @@ from pahq.evaluation.truth.base import Truth
 from pahq.graph import Graph
 from pahq.method.select import top
 from pahq.model import Transformer, load_model
-from pahq.report import evaluation, evaluation_plots
+from pahq.report import evaluation
+from pahq.report.figures import curves
 from pahq.report.finished import finished_run, group_names, run_names
 from pahq.task import get_task
 from pahq.task.prompts import Prompts
@@ -413,10 +414,8 @@ def test_the_faithfulness_plot_has_a_line_for_each_ranking(pahq: Pahq, files: Pa
 
     figure = Figure()
     record = evaluated(pahq, "compare", files / "tight", files / "loose", files / "scored", "--bootstrap", 0)
-    evaluation_plots.faithfulness(figure, record["runs"])
-    (axes,) = figure.axes
+    curves.draw_faithfulness(figure, curves.faithfulness_rows(record["runs"]))
+    (axes,), (legend,) = figure.axes, figure.legends
     assert axes.get_xscale() == "log"
-    legend = axes.get_legend()
-    assert legend is not None
     texts = sorted(text.get_text() for text in legend.get_texts())
     assert texts == ["acdc", "random, absolute scores", "random, signed scores"]

@@ -84,7 +84,8 @@ class _Picture:
         self.size = 5.5 if inches < 5 else SMALL
         self.largest = max((abs(row["effect"]) for row in rows if row["effect"] is not None), default=0.0)
         self.nodes = {node.name: node for node in _nodes(graph, rows)}
-        text = {node.label: _text_width(node.label, self.size) for node in self.nodes.values()}
+        labels = {"layer", *(node.label for node in self.nodes.values())}
+        text = {label: _text_width(label, self.size) for label in labels}
         config = graph.config
         self.layout: Layout = layout(list(self.nodes.values()), config.n_heads, config.n_kv_heads, self.width, text)
 
@@ -141,7 +142,6 @@ class _Picture:
 
     def _lines(self) -> Iterator[_Line]:
         places = self.layout.places
-        columns = self.width / max(self.graph.config.n_heads, 1)
         for row in self.rows:
             if row["sender"] == DIRECT:
                 continue
@@ -158,7 +158,7 @@ class _Picture:
                 line = arc(start, end, out)
             else:
                 others = [_box(places[name]) for name in places if name not in (row["sender"], target)]
-                line = curve(start, end, np.array(others).reshape(-1, 4), columns)
+                line = curve(start, end, np.array(others).reshape(-1, 4), self.layout.column, self.width)
             yield _Line(line, self._colour(row), self._thickness(row["effect"]), self._dash(row))
 
     def _out(self, source: Place, target: Place) -> float | None:

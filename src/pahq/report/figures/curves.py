@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pahq.report.figures.chart import Draw
-from pahq.report.figures.style import SMALL, SOFT, legend, looks, plain_ticks, wrapped
+from pahq.report.figures.style import SMALL, SOFT, figures, legend, looks, plain_ticks, wrapped
 from pahq.report.tables import Row, decimals
 
 
@@ -163,28 +163,31 @@ def cost_rows(runs: Sequence[Row]) -> list[Row]:
 
 def draw_cost(figure: Any, rows: Sequence[Row]) -> None:
     """Time and peak memory of each run; colours as in the other figures."""
+    from matplotlib.ticker import MaxNLocator
+
     panels = figure.subplots(1, 2, sharey=True)
     of = looks([row["group"] for row in rows])
-    unit, size = next((u, s) for u, s in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if _largest(rows) >= 2 * s
-                      or s == 1)  # fmt: skip
+    seconds, memory = [row["seconds"] for row in rows], [row["gib"] for row in rows]
+    unit, size = _unit(max(seconds))
+    times = [f"{time / _unit(time)[1]:.3g} {_unit(time)[0]}" for time in seconds]
     names = [wrapped(row["name"], 0.36 * figure.get_figwidth(), SMALL) for row in rows]
-    places = list(range(len(rows)))
-    for axes, values, title in zip(
-        panels,
-        ([row["seconds"] / size for row in rows], [row["gib"] for row in rows]),
-        (f"search, {unit}", "peak memory, GiB"),
-        strict=True,
+    for axes, values, texts, title in (
+        (panels[0], [time / size for time in seconds], times, f"search, {unit}"),
+        (panels[1], memory, [f"{value:.3g}" for value in memory], "peak memory, GiB"),
     ):
-        bars = axes.barh(places, values, height=0.62, color=[of[row["group"]].colour for row in rows])
-        axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=2, fontsize=SMALL)
-        axes.set(xlabel=title, xlim=(0, 1.3 * max(values) or 1))
-        axes.locator_params(axis="x", nbins=3)
-        axes.set_yticks(places, names)
+        bars = axes.barh(range(len(rows)), values, height=0.62, color=[of[row["group"]].colour for row in rows])
+        axes.bar_label(bars, texts, padding=2, fontsize=SMALL)
+        longest = max(map(len, texts)) * 0.62 * SMALL / 72 / (0.27 * figure.get_figwidth())  # of a panel
+        axes.set(xlabel=title, xlim=(0, max(values) / max(1 - longest, 0.3) or 1))
+        axes.set_xticks([tick for tick in MaxNLocator(3).tick_values(0, max(values)) if 0 <= tick <= max(values)])
+        axes.xaxis.set_major_formatter(lambda value, _: figures(value))
+        axes.set_yticks(range(len(rows)), names)
         axes.tick_params(axis="y", length=0)
     panels[0].set_ylim(len(rows) - 0.4, -0.6)  # best run on top, as in the table
     tallest = max(name.count("\n") + 1 for name in names)
     figure.set_figheight(0.5 + len(rows) * max(0.17, tallest * 1.3 * SMALL / 72 + 0.03))
 
 
-def _largest(rows: Sequence[Row]) -> float:
-    return max(row["seconds"] for row in rows)
+def _unit(seconds: float) -> tuple[str, int]:
+    """The unit to give a time in, and its seconds."""
+    return ("h", 3600) if seconds >= 7200 else ("min", 60) if seconds >= 120 else ("s", 1)

@@ -87,7 +87,9 @@ def _scale(axes: Any, effects: Sequence[float], threshold: float) -> None:
     linear = 10.0**low
     step = 1 if high - low <= 4 else 2
     decades = [10.0**power for power in range(low, high + 1, step)]
-    ticks = [-tick for tick in decades if tick <= -bottom * 3] + [0.0] + [tick for tick in decades if tick <= top * 3]
+    ticks = (
+        [-tick for tick in decades if tick <= -bottom * 1.2] + [0.0] + [tick for tick in decades if tick <= top * 1.2]
+    )
     axes.set_yscale("symlog", linthresh=linear, linscale=0.6)
     axes.yaxis.set_major_locator(FixedLocator(sorted(ticks)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: figures(value)))

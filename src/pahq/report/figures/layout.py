@@ -17,8 +17,8 @@ GAPS = (13.0, 30.0)
 TALLEST = 590.0
 """Height at which lines move together."""
 DIAMOND = 5.0
-LABELS = 15.0
-"""Left of the nodes, for the layers' names."""
+MARGIN = 10.0
+"""At the left, for the layers' names."""
 
 
 @dataclass(frozen=True)
@@ -57,23 +57,28 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """places: by node's name. layers: the height at which each layer's name stands. height: of the whole."""
+    """places: by node's name. layers: the height at which each layer's name stands. width, height: of the whole.
+
+    column: between two heads side by side.
+    """
 
     places: Mapping[str, Place]
     layers: Mapping[int, float]
+    width: float
     height: float
+    column: float
 
 
 def layout(nodes: Sequence[Node], n_heads: int, n_groups: int, width: float, text: Mapping[str, float]) -> Layout:
     """Layers from bottom to top, heads side by side, each at the same place in every layer; MLPs at the right.
 
-    n_heads, n_groups: of a layer. width: of the whole. text: each label's width. Heads that do not fit side by side
-    stand in several lines.
+    n_heads, n_groups: of a layer. width: of the whole. text: each label's width, and that of ``layer``. Heads that do
+    not fit side by side stand in several lines.
     """
     mlps = [text[node.label] for node in nodes if node.kind == "mlp"]
     room = max(mlps) + 4 if mlps else 0.0
     arcs = min(34.0, 0.13 * width) if len(mlps) > 2 else 4.0 if mlps else -5.0  # right of the MLPs, for edges between
-    left, right = LABELS, width - arcs - room - 6
+    left, right = text["layer"] + 2.5, width - arcs - room - 6
     spine = width - arcs - room / 2
     sizes = {node.name: max(text[node.label] + 3.6, HEIGHT) for node in nodes}
     lines = _lines(nodes, right - left, sizes)
@@ -99,7 +104,7 @@ def layout(nodes: Sequence[Node], n_heads: int, n_groups: int, width: float, tex
                 places[node.name] = Place(left + (at + 0.5) * share, y, share - 6, HEIGHT)
         if kind in ("head", "mlp"):
             layers.setdefault(line[0].layer, y)
-    return Layout(places, layers, y + HEIGHT / 2 + 1)
+    return Layout(places, layers, width, y + HEIGHT / 2 + 1, min((right - left) / n_heads, 60.0))
 
 
 def _lines(nodes: Sequence[Node], room: float, sizes: Mapping[str, float]) -> list[list[Node]]:
@@ -169,21 +174,24 @@ def arc(start: tuple[float, float], end: tuple[float, float], out: float) -> Cur
     return (start, (x0 + out, y0 + 0.25 * up), (x1 + out, y1 - 0.25 * up), end)
 
 
-def curve(start: tuple[float, float], end: tuple[float, float], others: np.ndarray, columns: float) -> Curve:
+def curve(
+    start: tuple[float, float], end: tuple[float, float], others: np.ndarray, column: float, width: float
+) -> Curve:
     """From the top of a node to the bottom of another, around as many of the others as can be.
 
-    others: float [n, 4], left, right, bottom and top of the nodes that are neither. columns: between two columns.
+    others: float [n, 4], left, right, bottom and top of the nodes that are neither. column: between
+    two heads side by side; width: of the whole, which is not left.
     """
     (x0, y0), (x1, y1) = start, end
     up = y1 - y0
     best, least = None, np.inf
     for bow in BOWS if up > 2 * HEIGHT else BOWS[:1]:
-        aside = bow * columns
+        aside = bow * column
         reach = max(4.0, min(0.45 * up, 20.0) if not bow else 0.3 * up)
         found = (start, (x0 + aside, y0 + reach), (x1 + aside, y1 - reach), end)
         x, y = (_WEIGHTS @ np.array(found)).T[:, :, None]
         hits = (x > others[:, 0]) & (x < others[:, 1]) & (y > others[:, 2]) & (y < others[:, 3])
-        cost = hits.any(axis=0).sum() + 0.3 * abs(bow) + (3.0 if (x < 0).any() else 0.0)
+        cost = hits.any(axis=0).sum() + 0.3 * abs(bow) + (3.0 if (x < MARGIN).any() or (x > width).any() else 0.0)
         if cost < least:
             best, least = found, cost
     assert best is not None

@@ -35,7 +35,10 @@ def draw_snr(figure: Any, rows: Sequence[Row]) -> None:
 
 
 def draw_sensitivity(figure: Any, rows: Sequence[Row]) -> None:
-    """Error of effects by component and format, a panel for each way of quantising. No error, no mark."""
+    """Error of effects by component and format, a panel for each way of quantising.
+
+    Where there is no error at all, which has no place on a logarithmic axis, a hollow mark stands at the bottom.
+    """
     modes = list(dict.fromkeys(row["quantised"] for row in rows))
     formats = list(dict.fromkeys(row["format"] for row in rows))
     kinds = {mode: list(dict.fromkeys(row["kind"] for row in rows if row["quantised"] == mode)) for mode in modes}
@@ -45,15 +48,22 @@ def draw_sensitivity(figure: Any, rows: Sequence[Row]) -> None:
     )
     panels = figure.subplots(**shape, sharey=True, squeeze=False).ravel()
     seen: dict[str, Any] = {}
+    hollow = False
     for axes, mode in zip(panels, modes, strict=True):
         for place, name in enumerate(formats):
-            some = [row for row in rows if (row["quantised"], row["format"]) == (mode, name) and row["error_rms"]]
-            some = [row for row in some if row["error_rms"] > 0 and _finite(row["error_rms"])]
-            offset = 0.6 * ((place + 0.5) / len(formats) - 0.5)
-            where = [kinds[mode].index(row["kind"]) + offset for row in some]
-            if some:
-                look = {"color": COLOURS[place % len(COLOURS)], "marker": MARKS[place % len(MARKS)]}
-                (seen[name],) = axes.plot(where, [row["error_rms"] for row in some], linestyle="none", **look)
+            some = [row for row in rows if (row["quantised"], row["format"]) == (mode, name)]
+            at = {
+                row["kind"]: kinds[mode].index(row["kind"]) + 0.7 * ((place + 0.5) / len(formats) - 0.5) for row in some
+            }
+            look = {"color": COLOURS[place % len(COLOURS)], "marker": MARKS[place % len(MARKS)], "linestyle": "none"}
+            errors = {
+                row["kind"]: row["error_rms"] for row in some if _finite(row["error_rms"]) and row["error_rms"] > 0
+            }
+            (seen[name],) = axes.plot([at[kind] for kind in errors], list(errors.values()), **look)
+            none = [at[row["kind"]] for row in some if row["error_rms"] == 0]
+            hollow |= bool(none)
+            look |= {"markerfacecolor": "white", "markeredgewidth": 0.7, "transform": axes.get_xaxis_transform()}
+            axes.plot(none, [0.035] * len(none), **look)
         for at in range(len(kinds[mode]) - 1):
             axes.axvline(at + 0.5, color="#e3e7ec", linewidth=0.5)
         axes.set_xlim(-0.5, len(kinds[mode]) - 0.5)
@@ -62,11 +72,13 @@ def draw_sensitivity(figure: Any, rows: Sequence[Row]) -> None:
         axes.tick_params(axis="x", length=0)
         axes.set_title(f"{mode} quantised")
         axes.grid(axis="y")
-        if axes.lines and seen:
-            axes.set_yscale("log")
-            plain_ticks(axes.yaxis, few=True)
+    if any(_finite(row["error_rms"]) and row["error_rms"] > 0 for row in rows):
+        panels[0].set_yscale("log")
+        low_end, high_end = panels[0].get_ylim()
+        panels[0].set_ylim(low_end / (high_end / low_end) ** 0.08, high_end)  # room for the hollow marks
+        plain_ticks(panels[0].yaxis, few=True)
     figure.supylabel("error of an effect (root mean square)", fontsize="medium")
-    low = legend(figure, list(seen.values()), list(seen))
+    low = legend(figure, list(seen.values()), list(seen), "hollow, at the bottom: no error" if hollow else None)
     figure.set_figheight((2.1 if wide else 1.7 * len(modes)) + 0.3 + low)
 
 

@@ -7,6 +7,7 @@ is said by a mark's shape, a dash or a place as well.
 from __future__ import annotations
 
 import contextlib
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -169,7 +170,10 @@ def legend(figure: Any, handles: Sequence[Any], labels: Sequence[str], title: st
 
 
 def figures(value: float) -> str:
-    """A number on an axis."""
+    """A number on an axis; small powers of ten as such."""
+    power = round(math.log10(value)) if value > 0 else 0
+    if power < -3 and math.isclose(value, 10.0**power):
+        return "10\N{SUPERSCRIPT MINUS}" + "".join("⁰¹²³⁴⁵⁶⁷⁸⁹"[int(digit)] for digit in str(-power))
     return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}").replace("-", "\N{MINUS SIGN}")
 
 
