@@ -58,7 +58,15 @@ def test_every_method_runs(method: str, metric: str, pahq: Pahq, files: Path, tm
     words = [*options(files, method=method, metric=metric, edges=20), *of_method(QUICK[method]), "--out", out]
     first = pahq("discover", *words)
     assert first.code == 0, first.err
-    for word in (method, metric, "top 20 edges", "all edges scored", "accuracy", "largest edges", f"written: {out}"):
+    for word in (
+        method,
+        metric,
+        "top 20 edges",
+        "all edges scored",
+        "accuracy",
+        "largest edges score",
+        f"written: {out}",
+    ):
         assert word in " ".join(first.out.split())  # long paths wrap
     facts = json.loads(pahq("show", out, "--json").out)
     assert 0 < facts["size"]["addition"] + facts["size"]["direct"] <= 20

@@ -305,11 +305,20 @@ def test_prefiltered_runs_report_and_resume(tmp_path: Path, monkeypatch: pytest.
         ({"full_vocabulary": True}, "full_vocabulary: True goes with"),
         ({"prefilter": "eap", "keep": 0.5}, "prefilter: 'eap' goes with method acdc alone"),
         ({"method_options": {"steps": 3}}, "method 'random': option 'steps' is unknown; it has none"),
+        (
+            {"method": "information-flow", "edges": None, "method_options": {"tau": 0.2}},
+            "edges: method information-flow sets no threshold of its own without tau above 0 and combine other than "
+            "flow; give edges, such as 200, or threshold",
+        ),
+        (
+            {"method": "information-flow", "edges": None, "method_options": {"tau": 0, "combine": "local"}},
+            "edges: method information-flow sets no threshold of its own",
+        ),
     ],
 )
 def test_impossible_requests_of_scoring_runs(more: dict[str, Any], message: str) -> None:
     with pytest.raises(PahqError) as error:
-        run(None, config("random", **more))
+        run(None, config(**{"method": "random"} | more))
     assert message in str(error.value)
 
 

@@ -113,10 +113,9 @@ def test_models_of_canonical_circuits(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr("pahq.model.load_model", lambda name: asked.append(name), raising=False)
     load_truth("ioi-gpt2").model()
-    assert asked == ["gpt2"]
+    load_truth("docstring-attn-only-4l").model()
+    assert asked == ["gpt2", "attn-only-4l"]
     assert load_truth("greaterthan-gpt2").task().name == "greaterthan"
-    with pytest.raises(PahqError, match="published as a pickle alone"):
-        load_truth("docstring-attn-only-4l").model()
     with pytest.raises(PahqError, match="no model belongs to it"):
         toy_truth(["embed->m0"]).model()
     with pytest.raises(PahqError, match="no prompts belong to it"):

@@ -22,8 +22,9 @@ class Method:
     """family: what it is akin to: ``sweep``, ``gradient``, ``measured``, ``trained``, ``flow`` or ``baseline``.
 
     natural: whether it sets a threshold of its own, so that neither a number of edges nor a threshold is needed;
-    natural_option: the option that makes it do so. by_size: whether circuits of its scores go by their size unless
-    told otherwise (first-order scores of edges that help are often below 0: signed ones leave no path).
+    natural_option: the option that makes it do so where it is above 0; natural_unless: another option, and the value
+    (its default) with which it does not. by_size: whether circuits of its scores go by their size unless told
+    otherwise (first-order scores of edges that help are often below 0: signed ones leave no path).
     """
 
     name: str
@@ -31,11 +32,22 @@ class Method:
     family: str
     natural: bool = False
     natural_option: str = ""
+    natural_unless: tuple[str, str] | None = None
     by_size: bool = False
 
     def sets_threshold(self, given: Mapping[str, Any]) -> bool:
         """Whether it sets a threshold with these options."""
-        return self.natural or self.natural_option in given
+        if self.natural_unless is not None:
+            option, default = self.natural_unless
+            if given.get(option, default) == default:
+                return self.natural
+        return self.natural or bool(given.get(self.natural_option))
+
+    @property
+    def natural_how(self) -> str:
+        """The options with which it sets a threshold; empty if none makes it do so."""
+        unless = "" if self.natural_unless is None else " and {} other than {}".format(*self.natural_unless)
+        return f"{self.natural_option} above 0{unless}" if self.natural_option else ""
 
     @property
     def scores_edges(self) -> bool:
@@ -107,6 +119,7 @@ _ALL = (
         "shares of what a receiver reads, clean run alone (Ferrando & Voita 2024)",
         "flow",
         natural_option="tau",
+        natural_unless=("combine", "flow"),
     ),
     Method("random", "random scores: the baseline", "baseline"),
 )

@@ -143,7 +143,7 @@ class RunConfig:
             raise PahqError(f"select: '{self.rule}' takes a number of edges; give edges")
         method = get_method(self.method)
         if self.edges is None and self.threshold is None and not method.sets_threshold(self.method_options):
-            what = f" without its option {method.natural_option}" if method.natural_option else ""
+            what = f" without {method.natural_how}" if method.natural_how else ""
             raise PahqError(
                 f"edges: method {self.method} sets no threshold of its own{what}; give edges, such as 200, or threshold"
             )

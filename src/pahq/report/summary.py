@@ -25,10 +25,11 @@ def summary(circuit: Circuit, record: dict[str, Any]) -> RenderableType:
     config = record["config"]
     names = [config[name] for name in ("method", "model", "task", "metric")]
     title = Text(" · ".join([*names, _choice(record)]), style="bold")
-    work = _scoring(record) if "selection" in record["search"] else _work(record)
+    scored = "selection" in record["search"]
+    work = _scoring(record) if scored else _work(record)
     parts: list[RenderableType] = [title, _size(circuit), _behaviour(circuit, config["metric"])]
     parts += [*_prefilter(record, config["metric"]), work]
-    return Group(*parts, *precision.screen(record), _largest(circuit))
+    return Group(*parts, *precision.screen(record), _largest(circuit, scored))
 
 
 def as_json(circuit: Circuit, record: dict[str, Any]) -> dict[str, Any]:
@@ -145,8 +146,9 @@ def _shares(flops: dict[str, int]) -> str:
     return ", ".join(f"{name} {100 * count / total:.0f} %" for name, count in ranked)
 
 
-def _largest(circuit: Circuit) -> RenderableType:
-    table = Table("largest edges", "", "", "effect", box=None, pad_edge=False)
+def _largest(circuit: Circuit, scored: bool) -> RenderableType:
+    """scored: whether what stands in the place of effects are a method's scores."""
+    table = Table("largest edges", "", "", "score" if scored else "effect", box=None, pad_edge=False)
     table.columns[3].justify = "right"
     for edge in circuit.largest():
         table.add_row(edge.sender, "→", edge.receiver, f"{edge.effect:.4f}")

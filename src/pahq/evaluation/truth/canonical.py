@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pahq.errors import PahqError
 from pahq.evaluation.truth.base import Truth, mask_of
 from pahq.graph import DIRECT, Graph
 from pahq.model.config import ModelConfig
@@ -196,11 +195,6 @@ def _model(name: str) -> Transformer:
     """Raises PahqError where the weights cannot be had."""
     from pahq.model import load_model
 
-    if name == ATTN_ONLY_4L.name:
-        raise PahqError(
-            f"model '{name}': its weights are published as a pickle alone, which can run code when opened; "
-            "load it with TransformerLens and give the model object"
-        )
     return load_model(name)
 
 
