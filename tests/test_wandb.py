@@ -14,6 +14,7 @@ import pytest
 
 import pahq
 from pahq.evaluation.circuit import TENSOR_FILE, Circuit
+from pahq.evaluation.examples import Examples
 from pahq.report import machine
 from pahq.report.tracking import tracker, wandb_sink
 from pahq.report.tracking.event import flat
@@ -124,6 +125,57 @@ def test_a_scored_run_without_a_folder(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(offline.table("edges")["data"]) == offline.summary["size/addition"] + offline.summary["size/direct"]
 
 
+def test_evaluations_are_tracked_where_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, task = transformer(2, 2), RandomTask()
+    for name, threshold in (("loose", 1e-2), ("tight", 1e-4)):
+        discover(tmp_path / name, None, threshold=threshold)
+    runs, out = [tmp_path / "loose", tmp_path / "tight"], tmp_path / "out"
+    how: dict[str, Any] = {"model": model, "task": task, "bootstrap": 0}
+    few: dict[str, Any] = {"knockouts": 2, "removals": 2, "random_circuits": 1}
+    pahq.evaluate(runs, out, **how, **few)
+    assert not {EVENTS_FILE, TRACKING_FILE, "wandb"} & {entry.name for entry in out.iterdir()}
+
+    record = pahq.evaluate(runs, out, tracking=Tracking(mode="offline", project="p"), **how, **few)
+    (offline,) = read(out)
+    events = read_events(out / EVENTS_FILE)
+    same_as(offline, events)
+    assert [event["event"] for event in events] == ["started", *["progress"] * (len(events) - 2), "finished"]
+    assert events[0]["config"] == json.loads(json.dumps(record["options"]))
+    assert events[-2]["done"] == events[-2]["of"] > 5
+    assert (offline.run.job_type, offline.run.project, offline.exit_code) == ("evaluate", "p", 0)
+    recovered = events[-1]["results"]
+    for row in record["runs"]:
+        assert recovered[row["name"]]["recovered"] == row["circuit"]["recovered"]
+        assert offline.summary[f"results/{row['name']}/recovered"] == row["circuit"]["recovered"]
+    assert {"evaluation.json", "evaluation.csv"} <= set(offline.artifacts[f"evaluate-{offline.run.run_id}"][1])
+    assert offline.table("evaluation")["columns"][0] == "name"
+
+    # An interrupted comparison goes on in the same W&B run, a new one takes a new one.
+    plain, left = Examples._logits, [3]
+
+    def interrupted(self: Examples, mask: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return plain(self, mask)
+
+    monkeypatch.setattr(Examples, "_logits", interrupted)
+    out = tmp_path / "compared"
+    with pytest.raises(KeyboardInterrupt):
+        pahq.compare(runs, out, tracking=Tracking(mode="offline"), **how)
+    pahq.compare(runs, out, **how)
+    events = read_events(out / EVENTS_FILE)
+    kinds = [event["event"] for event in events if event["event"] != "progress"]
+    assert kinds == ["started", "stopped", "started", "finished"]
+    first, second = read(out)
+    assert first.run.run_id == second.run.run_id
+    assert (first.exit_code, second.exit_code, second.run.job_type) == (130, 0, "compare")
+    pahq.compare(runs, out, tracking=Tracking(mode="offline"), **how)
+    assert [event["event"] for event in read_events(out / EVENTS_FILE)].count("started") == 1
+    assert len({offline.run.run_id for offline in read(out)}) == 2
+    assert read_events(out / EVENTS_FILE)[0]["resumed"] is False
+
+
 def test_a_run_that_fails_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("the machine\nis on fire")
@@ -172,6 +224,7 @@ def test_wandb_that_cannot_be_reached_is_told_before_any_work(
     wandb.teardown()
     assert str(refused.value).endswith("; mend that, take --wandb-mode offline, or leave --wandb out")
     assert capfd.readouterr() == ("", "")
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == [".lock"]
     assert discover(tmp_path / "run", None).n_edges > 0  # the folder is as good as new
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from os import PathLike
@@ -30,12 +31,16 @@ from pahq.report.finished import FinishedRun, finished_run, group_names, run_nam
 from pahq.report.progress import Watch
 from pahq.report.references import RANKINGS, other_run, reference_of, roc_of, truths_of
 from pahq.report.results import ResultFolder
+from pahq.report.tracking.event import Table
+from pahq.report.tracking.opening import open_tracker, result_files
+from pahq.report.tracking.settings import Tracking
 from pahq.task import Task
 from pahq.task.base import SPLITS
 
 Folder = str | PathLike[str]
 SPLIT_NAMES = (*SPLITS, "all")
 RULES = ("top", "greedy")
+JOBS = {"evaluation": "evaluate", "comparison": "compare"}
 
 
 @dataclass(frozen=True)
@@ -92,20 +97,22 @@ def evaluate(
     task: str | Task | None = None,
     watch: Watch | None = None,
     command: str | None = None,
+    tracking: Tracking | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Every figure of each run: the record, as in ``evaluation.json``.
 
     runs: folders of finished runs. out: folder for JSON, CSV and plots, None to write nothing. model, task: in place
     of the runs' own (needed for runs on Python objects, unless these are the truth's). options: fields of
-    ``EvaluationOptions``. watch: told about the course; command: what was typed, for the record.
+    ``EvaluationOptions``. watch: told about the course; command: what was typed, for the record. tracking: Weights &
+    Biases, with the same events in ``events.jsonl``; None: as the evaluation that goes on in ``out`` was tracked.
     Raises PahqError for bad input.
     """
     how = _options(options)
     found = [finished_run(path) for path in runs]
     if not found:
         raise PahqError("evaluate: no run is given; name the folder of at least one finished run")
-    return _assess("evaluation", found, how, out, model, task, watch, command)
+    return _assess("evaluation", found, how, out, model, task, watch, command, tracking)
 
 
 def compare(
@@ -116,6 +123,7 @@ def compare(
     task: str | Task | None = None,
     watch: Watch | None = None,
     command: str | None = None,
+    tracking: Tracking | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Runs on one model and task side by side: the record, as in ``comparison.json``, best run first.
@@ -129,7 +137,7 @@ def compare(
     if len(found) < 2:
         raise PahqError("compare: fewer than two runs are given; name the folders of at least two finished runs")
     _comparable(found, how)
-    return _assess("comparison", found, how, out, model, task, watch, command)
+    return _assess("comparison", found, how, out, model, task, watch, command, tracking)
 
 
 def _options(given: dict[str, Any]) -> EvaluationOptions:
@@ -170,6 +178,7 @@ def _assess(
     task: str | Task | None,
     watch: Watch | None,
     command: str | None,
+    tracking: Tracking | None,
 ) -> dict[str, Any]:
     watch = Watch() if watch is None else watch
     began, started = time.perf_counter(), timestamp()
@@ -183,14 +192,19 @@ def _assess(
     names = run_names(runs)
     passes = sum(_passes(run.circuit, how) for run in runs)
     folder = None if out is None else ResultFolder(out, kind)
-    kept = None if folder is None else folder.passes
-    bench = HeldOut(how.split, how.n, how.metric, how.device, model, task, watch, passes, kept)
-    try:
+    place, kept = (None, None) if folder is None else (folder.path, folder.passes)
+    how_tracked = {"always": False, "anew": folder is None or not folder.unfinished}
+    with (
+        nullcontext() if folder is None else folder.discarding(),
+        open_tracker(tracking, place, JOBS[kind], asdict(how), watch.say, **how_tracked) as tracker,
+        closing(HeldOut(how.split, how.n, how.metric, how.device, model, task, watch, passes, kept, tracker)) as bench,
+    ):
+        tracker.started({"command": command, "config": asdict(how), "runs": [str(run.path) for run in runs]})
         rows: list[dict[str, Any]] = []
         for name, run, reference in zip(names, runs, references, strict=True):
             bench.begin(name)
             rows.append({"name": name} | _figures(run, bench, how, reference, other))
-        bench.end()
+        bench.close()
         curves, groups = roc_of(runs, references, how.ranking == "absolute"), group_names(runs)
         for row, run in zip(rows, runs, strict=True):
             row["group"] = groups[run.group]
@@ -211,15 +225,14 @@ def _assess(
             "finished": timestamp(),
             "total_seconds": time.perf_counter() - began,
         }
+        table = flat(record)
         if folder is not None:
-            tables = {kind: flat(record), "curves": curve_rows(record)}
+            tables = {kind: table, "curves": curve_rows(record)}
             if not folder.write(record, tables, drawn(record, kind)):
                 watch.say(MISSING)
-    except BaseException as error:  # after Ctrl-C there is something to go on with; else things are left as they were
-        bench.end()
-        if folder is not None:
-            folder.discard(with_passes=isinstance(error, PahqError))
-        raise
+        sent = {kind: Table(list(table[0]), [list(row.values()) for row in table])}
+        figures = {"results": {row["name"]: row for row in table}, "total_seconds": record["total_seconds"]}
+        tracker.finished(figures, sent, result_files(place) if tracker else [])
     return record
 
 

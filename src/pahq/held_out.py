@@ -18,6 +18,7 @@ from pahq.report.finished import FinishedRun
 from pahq.report.passes import Passes, PassesFile
 from pahq.report.progress import Watch
 from pahq.report.steps import Steps
+from pahq.report.tracking.tracker import Tracker
 from pahq.task import Task, get_task
 from pahq.task.prompts import Prompts
 
@@ -27,6 +28,7 @@ class HeldOut:
 
     split, n, metric, device: see ``assessment.EvaluationOptions``. model, task: in place of the runs' own.
     passes: how many passes are expected, for whoever watches. kept: where finished ones go, None for nowhere.
+    tracker: takes events.
     """
 
     def __init__(
@@ -40,10 +42,12 @@ class HeldOut:
         watch: Watch,
         passes: int,
         kept: PassesFile | None = None,
+        tracker: Tracker | None = None,
     ) -> None:
         self.split, self.n, self.metric, self.device = split, n, metric, device
         self.model, self.task, self.watch, self.steps = model, task, watch, Steps(watch)
         self.passes, self.done, self.name, self.kept = passes, 0, "", kept
+        self.tracker = Tracker() if tracker is None else tracker
         self.machine: dict[str, Any] = {}
         self._models: dict[str, tuple[Transformer, str]] = {}
         self._examples: dict[str, Examples] = {}
@@ -52,13 +56,15 @@ class HeldOut:
         """The passes that follow are for the run of this name."""
         self.name = name
 
-    def end(self) -> None:
+    def close(self) -> None:
         """The work is over, for good or ill."""
         self.steps.end()
 
     def _pass(self) -> None:
         self.done += 1
-        self.steps.step(self.name, self.done, max(self.done, self.passes))
+        of = max(self.done, self.passes)
+        self.steps.step(self.name, self.done, of)
+        self.tracker.progress("evaluation", {"run": self.name, "done": self.done, "of": of})
 
     def examples(self, run: FinishedRun) -> Examples:
         """What the run is evaluated on. Raises PahqError where model, weights or prompts cannot be had."""

@@ -9,9 +9,12 @@ import typer
 from pahq.cli.config_file import Config
 from pahq.cli.output import Json, Quiet, tell
 from pahq.cli.running import guarded
+from pahq.cli.tracking import tracked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from pahq.report.tracking.settings import Tracking
 
 Runs = Annotated[list[str], typer.Argument(help="Folders of finished runs.", metavar="RUN")]
 Truth = Annotated[
@@ -29,6 +32,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, … (default: the r
 Out = Annotated[str | None, typer.Option(help="Folder for JSON, CSV and plots (default: none is written).")]
 
 
+@tracked
 def evaluate(
     runs: Runs,
     truth: Truth = None,
@@ -49,6 +53,7 @@ def evaluate(
     seed: Seed = 0,
     device: Device = None,
     out: Out = None,
+    tracking: Tracking | None = None,
     quiet: Quiet = False,
     as_json: Json = False,
     config_file: Config = None,
@@ -64,6 +69,7 @@ def evaluate(
     _finish(lambda how: assessment.evaluate(runs, out, **how, **options), "evaluation", out, quiet, as_json)
 
 
+@tracked
 def compare(
     runs: Runs,
     truth: Truth = None,
@@ -77,6 +83,7 @@ def compare(
     seed: Seed = 0,
     device: Device = None,
     out: Out = None,
+    tracking: Tracking | None = None,
     quiet: Quiet = False,
     as_json: Json = False,
     config_file: Config = None,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pahq.files import naming, read_json, write_atomic, write_json
 from pahq.report.figures.chart import draw
 from pahq.report.passes import PassesFile
 from pahq.report.tables import Row, as_csv, as_json
+from pahq.report.tracking.jsonl import TRACES
 
 FORMAT = "pahq-evaluation-1"
 Plot = tuple[Callable[[Any, Sequence[Row]], None], Sequence[Row]]
@@ -36,8 +38,8 @@ class ResultFolder:
         self._made = not self.path.exists()
         with naming(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            mine = passes_path(self.path, kind).name
-            found = sorted(e.name for e in self.path.iterdir() if not e.name.endswith(".tmp") and e.name != mine)
+            mine = (passes_path(self.path, kind).name, *TRACES)
+            found = sorted(e.name for e in self.path.iterdir() if not e.name.endswith(".tmp") and e.name not in mine)
             if not os.access(self.path, os.W_OK):
                 raise PermissionError(13, "", str(self.path))
         if found and not (self._record in found and read_json(self.path / self._record).get("format") == FORMAT):
@@ -47,6 +49,20 @@ class ResultFolder:
     @property
     def _record(self) -> str:
         return f"{self.kind}.json"
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether an earlier process was stopped while it measured, so that this one goes on."""
+        return self.passes.path.exists()
+
+    @contextlib.contextmanager
+    def discarding(self) -> Iterator[None]:
+        """Whatever ends the block early: after Ctrl-C there is something to go on with, else nothing is left of it."""
+        try:
+            yield
+        except BaseException as error:
+            self.discard(with_passes=isinstance(error, PahqError))
+            raise
 
     def discard(self, with_passes: bool) -> None:
         """Takes an empty folder away again that was made for results which did not come about.

@@ -9,8 +9,11 @@ from typing import Any
 
 from pahq.files import naming
 from pahq.report.tracking.event import Event
+from pahq.report.tracking.settings import TRACKING_FILE, WANDB_FOLDER
 
 EVENTS_FILE = "events.jsonl"
+TRACES = (EVENTS_FILE, TRACKING_FILE, WANDB_FOLDER)
+"""All that tracking leaves in a run's folder."""
 
 
 class Jsonl:

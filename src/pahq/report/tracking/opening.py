@@ -24,22 +24,35 @@ ROWS = 10_000
 
 
 def open_tracker(
-    settings: Tracking | None, folder: Path | None, job: str, config: dict[str, Any], say: Callable[[str], None]
+    settings: Tracking | None,
+    folder: Path | None,
+    job: str,
+    config: dict[str, Any],
+    say: Callable[[str], None],
+    *,
+    always: bool = True,
+    anew: bool = False,
 ) -> Tracker:
     """The tracker of a run; it writes ``events.jsonl`` where there is a folder, and tells W&B where that is asked for.
 
-    settings: None goes on as the run in ``folder`` was tracked before. job, config, say: see ``Wandb``.
-    Raises PahqError where W&B cannot be had, before any work.
+    settings: None goes on as the run in ``folder`` was tracked before. job, config, say: see ``Wandb``. always: whether
+    there are events for a run that W&B is told nothing about. anew: what lies in ``folder`` is of another run, and
+    that run's events go. Raises PahqError where W&B cannot be had, before any work.
     """
-    sinks: list[Sink] = []
-    number = 0
-    if folder is not None:
-        lines = Jsonl(folder / EVENTS_FILE)
-        sinks.append(lines)
-        number = lines.number
+    if anew and folder is not None:
+        with naming(folder):
+            for name in (EVENTS_FILE, TRACKING_FILE):
+                (folder / name).unlink(missing_ok=True)
     kept = None if folder is None else read_kept(folder)
     if settings is None and kept is not None:
         settings = Tracking()
+    sinks: list[Sink] = []
+    number = 0
+    asked = settings is not None and settings.wandb
+    if folder is not None and (always or asked):
+        lines = Jsonl(folder / EVENTS_FILE)
+        sinks.append(lines)
+        number = lines.number
     if settings is not None and settings.wandb:
         if folder is not None and kept is not None:
             settings = settings.after(kept, folder)

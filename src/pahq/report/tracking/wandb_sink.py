@@ -6,14 +6,16 @@ import contextlib
 import io
 import os
 import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pahq.errors import PahqError
 from pahq.report.notebook import in_notebook
+from pahq.report.tables import as_json
 from pahq.report.tracking.event import Event, flat
-from pahq.report.tracking.settings import Tracking
+from pahq.report.tracking.settings import WANDB_FOLDER, Tracking
 
 PROJECT = "pahq"
 PATIENCE = 30.0
@@ -59,6 +61,7 @@ class Wandb:
             ) from error
         self._wandb = wandb
         where = None if folder is None or os.environ.get("WANDB_DIR") else str(folder.resolve())
+        fresh = where is not None and not (Path(where) / WANDB_FOLDER).exists()
         name = settings.name or os.environ.get("WANDB_NAME") or (None if folder is None else folder.resolve().name)
         try:
             with _silent():
@@ -88,6 +91,8 @@ class Wandb:
                     ),
                 )
         except Exception as error:
+            if where is not None and fresh:
+                shutil.rmtree(Path(where) / WANDB_FOLDER, ignore_errors=True)
             raise PahqError(
                 f"wandb: {_line(error)}; mend that, take --wandb-mode offline, or leave --wandb out"
             ) from error
@@ -156,7 +161,7 @@ class Wandb:
         facts = flat({name: value for name, value in event.to_json().items() if name not in (*_FRAME, *_BESIDE)})
         self._run.summary.update({**facts, "state": event.kind})
         for name, table in event.tables.items():
-            rows: list[Any] = [list(row) for row in table.rows]
+            rows: list[Any] = as_json([list(row) for row in table.rows])
             self._run.log({name: self._wandb.Table(columns=list(table.columns), data=rows)}, step=event.number)
         if event.files:
             artifact = self._wandb.Artifact(f"{self._job}-{self._run.id}", _ARTIFACTS[self._job])
