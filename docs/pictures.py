@@ -18,7 +18,7 @@ PICTURES = Path(__file__).resolve().parent / "pictures"
 PAHQ = [sys.executable, "-c", "from pahq.cli.app import main; main()"]
 RUN = ["--model", "smollm2-135m", "--task", "ioi", "--threshold", "0.5", "--n", "4"]
 CHROMIUM = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--force-color-profile=srgb")
-SELECTED = "a23.1"
+SELECTED = "a23.0"
 """The head whose paths, pattern and words the viewer's picture shows."""
 
 
@@ -34,7 +34,9 @@ def browser(width: int, height: int) -> Any:
     options = webdriver.ChromeOptions()
     binary, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
     if binary is None or driver is None:
-        raise SystemExit("pictures: there is no Chromium with chromedriver; install both (Debian: chromium chromium-driver)")
+        raise SystemExit(
+            "pictures: there is no Chromium with chromedriver; install both (Debian: chromium chromium-driver)"
+        )
     options.binary_location = binary
     for option in (*CHROMIUM, f"--window-size={width},{height}"):
         options.add_argument(option)
@@ -46,7 +48,7 @@ def viewer(page: Path, picture: Path, selected: str | None = None) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
-    driver = browser(1280, 800)
+    driver = browser(1280, 1050)
     try:
         driver.get(page.as_uri())
         time.sleep(2)
@@ -68,7 +70,9 @@ def small(picture: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=Path, help="folder in which the runs lie, or are kept (default: a temporary one)")
+    parser.add_argument(
+        "--runs", type=Path, help="folder in which the runs lie, or are kept (default: a temporary one)"
+    )
     given = parser.parse_args().runs
     with tempfile.TemporaryDirectory() as temporary:
         runs = Path(temporary) if given is None else given

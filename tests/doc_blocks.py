@@ -35,7 +35,7 @@ SHELL = re.compile(r"[|&;<>$`\\*?~]|^\w+=")
 
 @dataclass(frozen=True)
 class Block:
-    """language: ``console``, ``sh``, ``python``, another one or none. note: of the comment before it. line: its first."""
+    """language: ``console``, ``sh``, ``python``, another or none. note: of the comment before it. line: its first."""
 
     page: Path
     line: int
@@ -73,7 +73,12 @@ def blocks_of(page: Path) -> list[Block]:
         body = "".join(line.removeprefix(indent) for line in match["body"].splitlines(keepends=True))
         line = text.count("\n", 0, match.start("language")) + 1
         block = Block(page, line, match["language"], body, match["note"] or "")
-        if block.language == "text" and found and found[-1].language == "python" and not text[end : match.start()].strip():
+        if (
+            block.language == "text"
+            and found
+            and found[-1].language == "python"
+            and not text[end : match.start()].strip()
+        ):
             found[-1] = Block(page, found[-1].line, "python", found[-1].body, found[-1].note, shown=body)
         else:
             found.append(block)
@@ -173,7 +178,11 @@ class Runner:
 def _run(command: str) -> tuple[int, str, str]:
     """Exit code, standard output and standard error. A plain ``pahq`` command runs here, where torch is loaded."""
     command = command.strip()
-    if command.startswith("pahq ") and not SHELL.search(command.replace("\\\n", " ")) and "\n" not in command.replace("\\\n", ""):
+    if (
+        command.startswith("pahq ")
+        and not SHELL.search(command.replace("\\\n", " "))
+        and "\n" not in command.replace("\\\n", "")
+    ):
         return _here(shlex.split(command.replace("\\\n", " ")))
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     done = subprocess.run(

@@ -51,7 +51,7 @@ def listed(text: str, names: set[str]) -> str:
             start = NAMES.match(piece)
             if start and set(start[1].split(", ")) <= names:
                 about = ", ".join(f"`{name}`" for name in start[1].split(", "))
-                items.append(f"* {about}: {piece[start.end() :]}")
+                items.append(f"* {about}: {piece[start.end() :].removesuffix(';')}")
             else:
                 items.append(("\n" if items else "") + piece + "\n")
         paragraphs.append("\n".join(items))
