@@ -81,14 +81,19 @@ class SweepFolder:
         strangers = [name for name in found if name not in (LOCK_FILE, JOBS_LOCK) and not name.endswith(".tmp")]
         if strangers and SWEEP_FILE not in found:
             raise PahqError(f"{path}: holds something else ('{strangers[0]}'); choose a new or empty folder")
-        self._lock = self._take(LOCK_FILE, 0.0, "another sweep is at work here; wait for it, or choose another folder")
-        stuck = "processes of a sweep that was killed still run here; wait until they have ended"
-        self.lock = self._take(JOBS_LOCK, PATIENCE, stuck)
-        self.before = recorded(path) or {}
+        self._locks: list[int] = []
+        try:
+            self._take(LOCK_FILE, 0.0, "another sweep is at work here; wait for it, or choose another folder")
+            stuck = "processes of a sweep that was killed still run here; wait until they have ended"
+            self.lock = self._take(JOBS_LOCK, PATIENCE, stuck)
+            self.before = recorded(path) or {}
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        for lock in (self._lock, self.lock):
-            os.close(lock)
+        while self._locks:
+            os.close(self._locks.pop())
 
     def __enter__(self) -> SweepFolder:
         return self
@@ -136,6 +141,7 @@ class SweepFolder:
     def _take(self, name: str, patience: float, problem: str) -> int:
         with naming(self.path / name):
             lock = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._locks.append(lock)
         end = time.monotonic() + patience
         while True:
             try:
@@ -143,7 +149,6 @@ class SweepFolder:
                 return lock
             except BlockingIOError:
                 if time.monotonic() >= end:
-                    os.close(lock)
                     raise PahqError(f"{self.path}: {problem}") from None
                 time.sleep(0.05)
             except OSError:  # some network file systems have no locks: go on without, as a run does
