@@ -289,6 +289,39 @@ def test_overlay_tells_hits_misses_and_extras(browser: Any, pages: Path) -> None
         assert page.styled("miss") == addition(circuit, other & ~(circuit.effects >= 0.6))
 
 
+def deep() -> Circuit:
+    """150 edges in 30 layers of 9 heads."""
+    graph = toys.graph(30, heads=9, groups=3)
+    draw = np.random.default_rng(0)
+    effects = np.where(graph.edges, 0.0, np.nan)
+    rows, columns = graph.edges.nonzero()
+    some = draw.choice(len(rows), 150, replace=False)
+    effects[rows[some], columns[some]] = THRESHOLD + draw.random(150)
+    return Circuit(graph, np.nan_to_num(effects) > 0, effects, np.where(graph.edges, 0, -1))
+
+
+@pytest.mark.parametrize(("name", "letters"), [("plain", 12), ("deep", 8)])
+def test_a_circuit_fills_its_box_in_letters_that_can_be_read(
+    browser: Any, pages: Path, name: str, letters: float
+) -> None:
+    if name == "deep":
+        write_page(pages / "deep.html", page_data(deep(), record(), None))
+    page = Page(browser, pages / f"{name}.html")
+    frame = page.js("return outerHeight - innerHeight")
+    for width in (1280, 1000, 1280):
+        browser.set_window_size(width, 800 + frame)
+        page.js("document.getElementById('fit').click()")
+        shown = page.js("return viewer.cy.elements().filter(e => e.visible()).renderedBoundingBox()")
+        box = page.js("const b = document.getElementById('graph'); return [b.clientWidth, b.clientHeight]")
+        assert 0 <= shown["x1"] <= shown["x2"] <= box[0]
+        assert 0 <= shown["y1"] <= shown["y2"] <= box[1]
+        assert shown["h"] > 0.85 * box[1], (width, shown, box)
+        assert shown["w"] > 0.7 * box[0], (width, shown, box)
+        size = page.js("return viewer.cy.zoom() * parseFloat(viewer.cy.nodes('.head')[0].style('font-size'))")
+        assert letters <= size <= 24
+    browser.set_window_size(1280, 800)
+
+
 def test_zoom_theme_and_keys(browser: Any, pages: Path) -> None:
     page = Page(browser, pages / "plain.html")
     zoom = page.js("return viewer.cy.zoom()")

@@ -19,33 +19,40 @@ const DARK: Look = {
 };
 export const look = (dark: boolean): Look => (dark ? DARK : LIGHT);
 export const DASHES: Record<string, number[]> = { hit: [], extra: [2, 3], miss: [7, 4], none: [] };
-export const RADIUS = 17;
+export interface Sizes { font: number; radius: number; mlp: [number, number]; end: [number, number]; group: number }
 
-export function style(of: Look): StylesheetJson {
+/** Sizes of letters and nodes for a page seen at this zoom: deep models get larger ones, as far as rows have room. */
+export function sizes(zoom: number): Sizes {
+  const grow = Math.max(1, Math.min(1.75, 0.8 / zoom)), node = Math.min(grow, 1.32);
+  return { font: 12 * grow, radius: 17 * node, mlp: [38 * Math.min(grow, 1.6), 24 * node], end: [76 * grow, 26 * node], group: 16 / node };
+}
+
+export function style(of: Look, at: Sizes): StylesheetJson {
   return [
     {
       selector: "node",
       style: {
-        width: 2 * RADIUS, height: 2 * RADIUS, label: "data(label)", "font-size": 12, color: of.ink,
+        width: 2 * at.radius, height: 2 * at.radius, label: "data(label)", "font-size": at.font, color: of.ink,
         "font-family": "system-ui, sans-serif", "text-valign": "center", "text-halign": "center",
-        "background-color": of.node, "border-width": 1.2, "border-color": of.line, "min-zoomed-font-size": 5,
+        "background-color": of.node, "border-width": at.font / 10, "border-color": of.line, "min-zoomed-font-size": 5,
         "overlay-opacity": 0,
       },
     },
     {
       selector: "node.head",
       style: {
+        "text-outline-color": of.node, "text-outline-width": at.font > 12 ? 2 : 0,
         "pie-size": "100%", "pie-hole": "78%", "pie-start-angle": "0deg",
         "pie-1-background-color": "data(q)", "pie-1-background-size": 33.3,
         "pie-2-background-color": "data(k)", "pie-2-background-size": 33.3,
         "pie-3-background-color": "data(v)", "pie-3-background-size": 33.4,
       },
     },
-    { selector: "node.mlp", style: { shape: "round-rectangle", width: 38, height: 24, "background-color": of.mlp } },
-    { selector: "node.group", style: { shape: "diamond", width: 16, height: 16, label: "" } },
+    { selector: "node.mlp", style: { shape: "round-rectangle", width: at.mlp[0], height: at.mlp[1], "background-color": of.mlp } },
+    { selector: "node.group", style: { shape: "diamond", width: at.group, height: at.group, label: "" } },
     {
       selector: "node.embed, node.pos_embed, node.logits",
-      style: { shape: "round-rectangle", width: 76, height: 26, "background-color": of.mlp },
+      style: { shape: "round-rectangle", width: at.end[0], height: at.end[1], "background-color": of.mlp },
     },
     { selector: "node.unused", style: { width: 8, height: 8, label: "", "border-width": 0, "background-color": of.faint, "pie-size": "0%" } },
     { selector: "node.layer", style: { "background-opacity": 0, "border-width": 0, width: 1, height: 1, color: of.line, events: "no" } },

@@ -1,13 +1,14 @@
 // Brings data, graph, controls and panel together.
 import cytoscape, { type Core } from "cytoscape";
 import { bend, layout, margin, type Point } from "./layout";
-import { DASHES, look, type Look, style } from "./look";
+import { DASHES, look, type Look, sizes, type Sizes, style } from "./look";
 import { Circuit, type Data, type Edge, decision, KEPT, number, title } from "./model";
 import { element, Panel } from "./panel";
 import { download, drawing, png } from "./svg";
 
 const get = <T extends HTMLElement>(id: string) => document.getElementById(id) as T;
 const SMOOTH = 700; // edges above which the picture is moved as a whole while it is dragged
+const EDGE = 16; // pixels around the picture
 const WIDE = 220; // nodes above which unused ones are left out at first
 
 class Viewer {
@@ -15,6 +16,7 @@ class Viewer {
   private readonly panel: Panel;
   private readonly byId = new Map<string, Edge>();
   private look: Look;
+  private sizes: Sizes = sizes(1);
   private dark = matchMedia("(prefers-color-scheme: dark)").matches;
   private threshold: number | null;
   private chosen: { node: number } | { edge: Edge } | null = null;
@@ -56,9 +58,11 @@ class Viewer {
     this.fit();
   }
 
+  /** Lays the nodes out for the box as it is now, and shows all of them. */
   private fit(): void {
     this.cy.resize();
-    this.cy.fit(undefined, 20);
+    this.arrange();
+    this.cy.fit(undefined, EDGE);
   }
 
   private words(): void {
@@ -126,12 +130,17 @@ class Viewer {
 
   private arrange(): void {
     const { cy, circuit } = this;
-    const box = get("graph"), aspect = Math.max(0.6, box.clientWidth / Math.max(1, box.clientHeight));
-    const laid = layout(circuit.nodes, this.placed, !get<HTMLInputElement>("unused").checked, aspect);
+    const box = get("graph"), size = { width: Math.max(200, box.clientWidth - 2 * EDGE), height: Math.max(200, box.clientHeight - 2 * EDGE) };
+    const laid = layout(circuit.nodes, this.placed, !get<HTMLInputElement>("unused").checked, size);
     this.places = laid.places;
+    const fitting = sizes(laid.zoom);
+    if (fitting.font !== this.sizes.font) {
+      this.sizes = fitting;
+      cy.style(style(this.look, fitting));
+    }
     cy.batch(() => {
       cy.remove("node.layer");
-      const left = margin(this.places);
+      const left = margin(this.places, this.sizes.font);
       circuit.nodes.forEach((_, at) => {
         const place = this.places.get(at);
         if (place) cy.getElementById(`n${at}`).position(place);
@@ -143,7 +152,7 @@ class Viewer {
       }
       for (const edge of circuit.edges) {
         const from = edge.source === null ? undefined : this.places.get(edge.source), to = this.places.get(edge.target);
-        if (from && to) cy.getElementById(edge.id).data("bend", bend(from, to, edge.kind));
+        if (from && to) cy.getElementById(edge.id).data("bend", bend(from, to, edge.kind, laid.row));
       }
     });
   }
@@ -251,7 +260,7 @@ class Viewer {
     box.addEventListener("change", () => { const value = box.valueAsNumber; if (Number.isFinite(value)) { this.set(value); this.prune(); } else this.set(this.threshold); });
     get("found").addEventListener("click", () => { this.set(circuit.foundAt); this.prune(); });
     get("whole").addEventListener("change", () => this.prune());
-    get("unused").addEventListener("change", () => { this.prune(); this.arrange(); this.fit(); });
+    get("unused").addEventListener("change", () => { this.prune(); this.fit(); });
     get("colour").addEventListener("change", () => { this.prune(); this.legend(); });
     get("colour-choice").hidden = !this.overlay;
     get("in").addEventListener("click", () => this.zoom(1.3));
@@ -295,7 +304,7 @@ class Viewer {
     this.look = look(dark);
     document.documentElement.dataset["theme"] = dark ? "dark" : "light";
     this.prune();
-    this.cy.style(style(this.look));
+    this.cy.style(style(this.look, this.sizes));
     this.legend();
     this.choose(this.chosen);
   }
@@ -399,7 +408,7 @@ class Viewer {
 
   svg(): string {
     const subtitle = `${get("subtitle").textContent}${this.threshold === this.circuit.foundAt ? "" : `; threshold ${number(this.threshold)}: ${get("count").textContent}`}`;
-    return drawing(this.cy, this.look, get("title").textContent ?? "", subtitle, this.entries());
+    return drawing(this.cy, this.look, this.sizes, get("title").textContent ?? "", subtitle, this.entries());
   }
 
   private fileName(): string {

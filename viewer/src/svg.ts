@@ -1,6 +1,6 @@
 // The graph as it stands, as an SVG drawing with title and legend. Written from positions, without the canvas.
 import type { Core, EdgeSingular, NodeSingular } from "cytoscape";
-import { DASHES, type Look, RADIUS } from "./look";
+import { DASHES, type Look, type Sizes } from "./look";
 
 const PAD = 24, HEAD = 44;
 
@@ -8,7 +8,7 @@ const escape = (text: string) => text.replace(/[<>&"]/g, (c) => `&#${c.charCodeA
 const round = (value: number) => Number(value.toFixed(1));
 
 /** legend: colour, dash and text of its entries. */
-export function drawing(cy: Core, look: Look, title: string, subtitle: string, legend: [string, number[], string][]): string {
+export function drawing(cy: Core, look: Look, sizes: Sizes, title: string, subtitle: string, legend: [string, number[], string][]): string {
   const shown = cy.elements().filter((item) => item.visible() && !item.hasClass("off"));
   const box = shown.boundingBox({});
   const width = Math.max(box.w, 420) + 2 * PAD, height = box.h + 2 * PAD + HEAD + 26;
@@ -24,7 +24,7 @@ export function drawing(cy: Core, look: Look, title: string, subtitle: string, l
     `<text x="${PAD}" y="44" font-size="11" fill="${look.line}">${escape(subtitle)}</text>`,
     `<g transform="translate(${round(dx)} ${round(dy)})">`,
     ...shown.edges().map((edge) => path(edge, look, marker)),
-    ...shown.nodes().map((node) => shape(node, look)),
+    ...shown.nodes().map((node) => shape(node, look, sizes)),
     "</g>", `<g font-size="11" fill="${look.ink}">`,
   ];
   let x = PAD;
@@ -50,26 +50,27 @@ function path(edge: EdgeSingular, look: Look, marker: (colour: string) => string
   return `<path d="M${round(from.x)} ${round(from.y)}${curve}${round(to.x)} ${round(to.y)}" fill="none" stroke="${colour}" stroke-width="${link ? 1 : round(Number(edge.data("width")))}" opacity="${edge.hasClass("dim") ? 0.08 : 0.8}"${dashes(DASHES[status]!)}${link ? "" : ` marker-end="url(#${marker(colour)})"`}><title>${escape(String(edge.data("name") ?? ""))}</title></path>`;
 }
 
-function shape(node: NodeSingular, look: Look): string {
+function shape(node: NodeSingular, look: Look, { font, radius, mlp, end, group }: Sizes): string {
   const { x, y } = node.position();
-  const at = (text: string, size: number) => `<text x="${round(x)}" y="${round(y + size * 0.35)}" font-size="${size}" text-anchor="middle" fill="${node.hasClass("layer") ? look.line : look.ink}">${escape(text)}</text>`;
+  const halo = node.hasClass("head") && font > 12 ? ` stroke="${look.node}" stroke-width="3" paint-order="stroke"` : "";
+  const at = (text: string) => `<text x="${round(x)}" y="${round(y + font * 0.35)}" font-size="${round(font)}" text-anchor="middle" fill="${node.hasClass("layer") ? look.line : look.ink}"${halo}>${escape(text)}</text>`;
   const label = String(node.data("label") ?? "");
-  if (node.hasClass("layer")) return at(label, 12);
+  if (node.hasClass("layer")) return at(label);
   if (node.hasClass("unused")) return `<circle cx="${round(x)}" cy="${round(y)}" r="4" fill="${look.faint}"/>`;
-  const line = `fill="${node.hasClass("mlp") || node.hasClass("embed") || node.hasClass("logits") || node.hasClass("pos_embed") ? look.mlp : look.node}" stroke="${look.line}" stroke-width="1.2"`;
+  const line = `fill="${node.hasClass("mlp") || node.hasClass("embed") || node.hasClass("logits") || node.hasClass("pos_embed") ? look.mlp : look.node}" stroke="${look.line}" stroke-width="${round(font / 10)}"`;
   const faded = node.hasClass("dim") ? ' opacity="0.3"' : "";
-  if (node.hasClass("group")) return `<g${faded}><path d="M${round(x)} ${round(y - 8)}l8 8l-8 8l-8 -8z" ${line}/></g>`;
+  if (node.hasClass("group")) return `<g${faded}><path d="M${round(x)} ${round(y - group / 2)}l${round(group / 2)} ${round(group / 2)}l${round(-group / 2)} ${round(group / 2)}l${round(-group / 2)} ${round(-group / 2)}z" ${line}/></g>`;
   if (!node.hasClass("head")) {
-    const w = node.hasClass("mlp") ? 38 : 76, h = node.hasClass("mlp") ? 24 : 26;
-    return `<g${faded}><rect x="${round(x - w / 2)}" y="${round(y - h / 2)}" width="${w}" height="${h}" rx="5" ${line}/>${at(label, 12)}</g>`;
+    const [w, h] = node.hasClass("mlp") ? mlp : end;
+    return `<g${faded}><rect x="${round(x - w / 2)}" y="${round(y - h / 2)}" width="${round(w)}" height="${round(h)}" rx="5" ${line}/>${at(label)}</g>`;
   }
-  const ring = RADIUS - 2, third = (2 * Math.PI * ring) / 3;
+  const ring = radius - 2, third = (2 * Math.PI * ring) / 3;
   const arcs = ["q", "k", "v"].map((kind, place) => {
     const colour = String(node.data(kind));
     if (colour === look.node) return "";
     return `<circle cx="${round(x)}" cy="${round(y)}" r="${ring}" fill="none" stroke="${colour}" stroke-width="3.3" stroke-dasharray="${round(third)} ${round(3 * third)}" transform="rotate(${place * 120 - 90} ${round(x)} ${round(y)})"/>`;
   });
-  return `<g${faded}><circle cx="${round(x)}" cy="${round(y)}" r="${RADIUS}" ${line}/>${arcs.join("")}${at(label, 12)}</g>`;
+  return `<g${faded}><circle cx="${round(x)}" cy="${round(y)}" r="${round(radius)}" ${line}/>${arcs.join("")}${at(label)}</g>`;
 }
 
 /** Hands a file to the browser's downloads. */
