@@ -34,6 +34,8 @@ from pahq.task import get_task
 
 TASKS = "ioi,greaterthan,capital,agreement"
 METHODS = "acdc,pahq,eap,eap-ig,edge-pruning"
+THRESHOLDS = "0.3,0.1;greaterthan=0.1,0.03,0.01"
+"""Logits, and for greaterthan shares of probability."""
 TRAINED = ("subnetwork-probing", "edge-pruning")
 COLUMNS = [
     Column("task", "task", left=True),
@@ -55,7 +57,11 @@ def options() -> argparse.Namespace:
     made.add_argument("--n", type=int, default=8, help="prompts, and as many held out (default %(default)s)")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--metric", default="task", help="of the searches; task: each task's own (default %(default)s)")
-    made.add_argument("--thresholds", default="0.3,0.1,0.05", help="of the sweeps (default %(default)s)")
+    made.add_argument(
+        "--thresholds",
+        default=THRESHOLDS,
+        help="of the sweeps, in the metric's unit; after ';' those of a task of its own (default %(default)s)",
+    )
     made.add_argument("--sizes", default="50,100,200,500,1000,2000,5000", help="edges (default %(default)s)")
     made.add_argument(
         "--ranking",
@@ -74,8 +80,10 @@ def options() -> argparse.Namespace:
     given.tasks, given.methods = given.tasks.split(","), given.methods.split(",")
     try:
         check_rows(given.methods)
-        given.thresholds = [float(word) for word in given.thresholds.split(",")]
+        given.thresholds = thresholds_of(given.thresholds)
         given.sizes = [int(word) for word in given.sizes.split(",")]
+        if "" not in given.thresholds:
+            raise ValueError("thresholds: none for tasks that have none of their own; begin with them, as in 0.3,0.1")
     except (PahqError, ValueError) as error:
         made.error(str(error))
     if (given.runs / RUNS).exists() and not given.resume:
@@ -83,6 +91,12 @@ def options() -> argparse.Namespace:
     if given.plot is not None and not given.plot.parent.is_dir():
         made.error(f"{given.plot.parent}: there is no such folder")
     return given
+
+
+def thresholds_of(text: str) -> dict[str, list[float]]:
+    """``0.3,0.1;TASK=0.03``: task -> its thresholds, "" for all others. Raises ValueError for what is no number."""
+    parts = [part.rpartition("=") for part in text.split(";")]
+    return {task: [float(word) for word in words.split(",")] for task, _, words in parts}
 
 
 class Bench:
@@ -98,7 +112,8 @@ class Bench:
 
     def cells(self, method: str) -> list[Cell]:
         steps = {} if self.given.steps is None else {key: {"steps": self.given.steps} for key in TRAINED}
-        return cells_of(self.setting, method, self.metric, self.given.thresholds, steps)
+        thresholds = self.given.thresholds.get(self.setting.name, self.given.thresholds[""])
+        return cells_of(self.setting, method, self.metric, thresholds, steps)
 
     def points(self, model: Any, method: str) -> tuple[list[Row], Row | None]:
         """A row for each circuit, and what finding them took; what is not done in time is left out."""
