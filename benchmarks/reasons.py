@@ -5,7 +5,9 @@ is lost when an edge gets the lesser score of its ends. HISP also divides every 
 takes a slope for an effect, as EAP does; measured effects show what that costs. Information flow divides what reaches
 a head equally among q, k and v, and looks at the clean run alone.
 
-Figures are means of the AUC over edges (by the scores' size), over all models.
+Figures are means of the AUC over edges (by the scores' size), over all models. Everything rounded to 8 bits (``rtn``)
+fails where sums in the residual stream lose what is added to them: ``lost_…`` is the share of numbers added there that
+leave no trace, model by model.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Iterable, Iterator
+from unittest.mock import patch
 
 import numpy as np
 
@@ -28,7 +31,11 @@ from pahq.method.eap_ig import EapIgOptions, eap_ig_scores
 from pahq.method.exact import exact_scores
 from pahq.method.hisp import HispOptions, divided, hisp_scores, spread
 from pahq.method.information_flow import information_flow_scores
-from pahq.report.tables import Column, Row, decimals, screen
+from pahq.precision.policy import get_policy
+from pahq.precision.store import WeightStore
+from pahq.precision.values import RoundedTransformer, rounded_model
+from pahq.report.tables import Column, Row, decimals, percent, screen
+from sweeps import Additions
 
 REASONS = {
     "hisp": "its nature: one score for a node, which all its edges share; slopes, which saturate; and layers divided "
@@ -140,6 +147,21 @@ def alike_inputs(graph: Graph, mask: np.ndarray) -> np.ndarray:
     return (together.astype(int) @ mask.astype(int) > 0) & graph.edges
 
 
+def lost_additions(truth: Truth, most: int | None = None) -> float:
+    """Share of numbers added up in the residual stream, everything rounded as by ``rtn``, that leave no trace."""
+    problem, policy, additions = problem_of(truth, most), get_policy("rtn"), Additions()
+    model = rounded_model(problem.model, policy, WeightStore(problem.model, policy))
+    with patch.object(RoundedTransformer, "add", additions.add):
+        model.residual(problem.prompts.clean)
+    return additions.figures()["lost_share"]
+
+
+def show_lost(lost: dict[str, float]) -> None:
+    """Prints the shares by model."""
+    shares = ", ".join(f"{name.removeprefix('trained-')} {percent(share)}" for name, share in lost.items())
+    print(f"rtn: numbers added up in the residual stream that leave no trace: {shares}")
+
+
 def means(rows: list[Row]) -> list[Row]:
     """A row for each method and case, with its mean over the models."""
     groups: dict[tuple[str, str], list[float]] = {}
@@ -187,7 +209,10 @@ def main() -> None:
     show(rows)
     for method in given.methods:
         print(f"{method}: {REASONS[method]}")
+    lost = {truth.name: lost_additions(truth, given.n) for truth in given.truths}
+    show_lost(lost)
     figures = {f"auc_{row['method']} ({row['case']})": row["auc"] for row in means(rows)}
+    figures |= {f"lost_{name.removeprefix('trained-')}": share for name, share in lost.items()}
     finish(given.out, facts, figures, {"reasons": {m: REASONS[m] for m in given.methods}, "table": rows})
 
 

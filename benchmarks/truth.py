@@ -7,7 +7,8 @@ point for each; the other methods are one run each, and every threshold of their
 Figures are means over the trained models of the standard area (trapezoids) over edges; the table has the pessimistic
 area of the ACDC paper and both over nodes, too. A method's mean is a figure only if it ran on all trained models, at
 all thresholds; on which it failed, and why, is told. ``same_pahq``: share of runs in which it kept the very edges that
-ACDC kept.
+ACDC kept. ``reasons`` in the file says why methods are below 1 on the trained models, with what mends them
+(``benchmarks/reasons.py``), and how much of the residual stream's sums ``rtn`` loses on each.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pahq.report.progress import Watch, watch_for
 from pahq.report.tables import Column, Row, decimals, number, screen
 from pahq.reproduction.auc import ROWS, cells_of, check_rows, curve
 from pahq.reproduction.cells import RUNS, Grid, Setting, on_truth
+from reasons import REASONS, examine, lost_additions, show, show_lost
 
 TRAINED, ON_THE_HUB = "trained-", ("-gpt2", "-attn-only-4l")
 MASKS = ("subnetwork-probing", "edge-pruning")
@@ -125,6 +127,21 @@ def same_circuits(given: argparse.Namespace, grid: Grid, models: list[Setting]) 
     return same, count
 
 
+def reasons(given: argparse.Namespace, models: list[Setting]) -> dict[str, Any]:
+    """Why methods of the table are where they are on the trained models; prints it."""
+    truths = [s.known for s in models if s.known is not None and s.name.startswith(TRAINED)]
+    methods = [method for method in given.methods if method in REASONS]
+    if not truths or not methods:
+        return {}
+    rows = [row for truth in truths for row in examine(truth, methods, given.n)]
+    lost = {truth.name: lost_additions(truth, given.n) for truth in truths}
+    show(rows)
+    for method in methods:
+        print(f"{method}: {REASONS[method]}")
+    show_lost(lost)
+    return {"reasons": {method: REASONS[method] for method in methods}, "table": rows, "lost_additions": lost}
+
+
 def means(rows: list[Row], models: list[Setting]) -> dict[str, dict[str, float]]:
     """column -> method -> its mean, of methods that ran on all trained models, at all thresholds."""
     trained = {setting.name for setting in models if setting.name.startswith(TRAINED)}
@@ -163,12 +180,14 @@ def main() -> None:
     for name, least in TARGETS.items():
         if name in figures:
             print(f"{name}: {figures[name]:.4f}, target >= {least}: {'met' if figures[name] >= least else 'missed'}")
+    why = reasons(given, models)
     details: dict[str, Any] = {
         "options": {key: str(value) for key, value in vars(given).items()},
         "models": [setting.name for setting in models],
         "left_out": missing,
         "table": rows,
         "means": average,
+        "reasons": why,
         "runs": runs,
         "curves": curves,
         "failures": grid.failures,

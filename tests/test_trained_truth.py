@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import pahq
 from pahq.engine.full import FullEvaluator, patched_logits
 from pahq.evaluation.truth.base import Truth, load_truth, mask_of, truth_names
 from pahq.evaluation.truth.drawn import DrawnTask
@@ -101,3 +102,15 @@ def test_interchange_of_each_edge_does_what_the_program_says(name: str) -> None:
     # ioi: keys of another prompt seldom hold the name that comes again, so training has seen few such states
     assert min(agreed.values()) >= 0.8, agreed
     assert np.mean(list(agreed.values())) >= 0.95, agreed
+
+
+@pytest.mark.parametrize(("name", "fails"), [("trained-induction", False), ("trained-induction-offset", True)])
+def test_rounding_everything_fails_where_the_stream_has_a_large_mean(name: str, fails: bool) -> None:
+    truth, model, _ = case(name)
+    kept = {
+        policy: pahq.discover(model, truth.task(), 0.1, policy=policy, n=16).mask for policy in ("rtn", "pahq-values")
+    }
+    assert np.array_equal(kept["pahq-values"], truth.mask)
+    assert kept["rtn"].any() != fails
+    if not fails:
+        assert np.array_equal(kept["rtn"], truth.mask)

@@ -16,6 +16,7 @@ import torch
 from pahq.engine.full import patched_logits
 from pahq.graph import Graph
 from pahq.model import ModelConfig, build
+from pahq.precision.formats import get_format, round_to
 from pahq.task.prompts import last_position
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
@@ -35,7 +36,7 @@ def neighbour(name: str) -> Any:
 Network = neighbour("network").Network
 
 
-def network(seed: int, positions: int = 5) -> Any:
+def network(seed: int, positions: int = 5, offset: float = 0.0) -> Any:
     cfg = ModelConfig(
         n_layers=3,
         n_heads=2,
@@ -49,7 +50,7 @@ def network(seed: int, positions: int = 5) -> Any:
         act="gelu",
     )
     draw = torch.Generator().manual_seed(seed)
-    made = Network(cfg, draw)
+    made = Network(cfg, draw, offset=offset)
     for name, weight in made.weights.items():  # biases and norms that matter
         if weight.ndim == 1 or ".b_" in name:
             weight.data += 0.3 * torch.randn(weight.shape, generator=draw)
@@ -80,6 +81,18 @@ def test_network_is_our_transformer_under_any_gates(seed: int) -> None:
 
 def test_seeds_differ() -> None:
     assert not torch.equal(network(0).weights["embed.W_E"], network(1).weights["embed.W_E"])
+
+
+@torch.no_grad()
+def test_an_offset_of_the_stream_is_nothing_to_layer_norm_and_everything_to_rounded_sums() -> None:
+    plain, moved = network(0), network(0, offset=50.0)
+    tokens = torch.randint(9, (4, 5), generator=torch.Generator().manual_seed(1))
+    streams = [made.run(tokens).read[-1] for made in (plain, moved)]
+    assert (streams[1] - streams[0]).mean() == pytest.approx(50, abs=1e-3)
+    torch.testing.assert_close(moved.run(tokens).logits, plain.run(tokens).logits, rtol=1e-3, atol=1e-4)
+    kept = [round_to(stream, get_format("e4m3-unscaled")) for stream in streams]
+    assert len(kept[0].unique()) > 20
+    assert len(kept[1].unique()) < 5  # steps of 4 from 32 on, and of 2 below
 
 
 def test_gradients_flow_through_both_runs() -> None:

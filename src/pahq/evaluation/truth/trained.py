@@ -28,6 +28,7 @@ PROGRAMS = {
     "sum": ("algorithms", "Sum"),
     "majority": ("algorithms", "Majority"),
     "induction": ("algorithms", "Induction"),
+    "induction-offset": ("algorithms", "InductionOffset"),
     "maximum": ("algorithms", "Maximum"),
     "ioi": ("indirect_object", "IndirectObject"),
 }
