@@ -13,15 +13,19 @@ from typing import Any
 import pytest
 
 import pahq
+from pahq.api import execute
 from pahq.evaluation.circuit import TENSOR_FILE, Circuit
 from pahq.evaluation.examples import Examples
 from pahq.report import machine
+from pahq.report.config import RunConfig
+from pahq.report.progress import Watch
 from pahq.report.tracking import tracker, wandb_sink
 from pahq.report.tracking.event import flat
 from pahq.report.tracking.jsonl import EVENTS_FILE, read_events
 from pahq.report.tracking.settings import TRACKING_FILE, Tracking
 from tiny import RandomTask, transformer
 from wandb_files import Offline, offline_runs
+from wandb_server import Server
 
 wandb = pytest.importorskip("wandb")
 
@@ -226,6 +230,59 @@ def test_wandb_that_cannot_be_reached_is_told_before_any_work(
     assert capfd.readouterr() == ("", "")
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == [".lock"]
     assert discover(tmp_path / "run", None).n_edges > 0  # the folder is as good as new
+
+
+class Leaving(Watch):
+    """The server is gone after some batches of decisions."""
+
+    def __init__(self, server: Server, batches: int) -> None:
+        self.server, self.left = server, batches
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def update(self, progress: Any) -> None:
+        self.left -= 1
+        self.server.gone = self.server.gone or self.left == 0
+
+
+@pytest.mark.parametrize("batches", [0, 3])
+def test_online_and_when_the_server_leaves_in_the_middle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int
+) -> None:
+    server = Server()
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(wandb_sink, "UPLOAD_PATIENCE", 2.0)
+    wandb.teardown()
+    watch, out = Leaving(server, batches), tmp_path / "run"
+    config = RunConfig("object:Transformer", "object:random", 1e-4, metric="kl_div", n=4)
+    given = {"model": transformer(2, 2), "task": RandomTask(), "view": False}
+    circuit = execute(config, out, watch=watch, tracking=Tracking(project="p"), **given).circuit
+    wandb.teardown()
+    server.close()
+    kept = json.loads((out / TRACKING_FILE).read_text())["wandb"]
+    assert (kept["mode"], kept["entity"]) == ("online", "me")
+    assert kept["url"] == f"{server.url}/me/p/runs/{kept['id']}"
+    assert watch.said[:2] == [f"W&B: {kept['url']}", "measuring the circuit …"]
+    events = read_events(out / EVENTS_FILE)
+    assert events[-1]["event"] == "finished"
+    assert circuit.n_edges == discover(None, None).n_edges
+    sent = {row["_step"]: row for row in server.stream.get("wandb-history.jsonl", [])}
+    progress = {event["number"]: event for event in events if event["event"] == "progress"}
+    if batches:
+        (note,) = watch.said[2:]
+        assert note.startswith("note: W&B failed (")
+        assert set(sent) <= set(progress)
+    else:
+        assert watch.said[2:] == []
+        for number, event in progress.items():
+            facts = {name: event[name] for name in event.keys() - {"event", "number", "time", "phase"}}
+            assert {f"acdc/{name}": value for name, value in facts.items()}.items() <= sent.pop(number).items()
+        (last,) = sent.values()
+        assert last["edges"]["nrows"] == circuit.n_tested
+        assert "CreateArtifact" in server.operations
 
 
 def test_killed_interrupted_and_bereft_runs(tmp_path: Path) -> None:
