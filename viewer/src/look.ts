@@ -23,7 +23,7 @@ export interface Sizes { font: number; radius: number; mlp: [number, number]; en
 
 /** Sizes of letters and nodes for a page seen at this zoom: deep models get larger ones, as far as rows have room. */
 export function sizes(zoom: number): Sizes {
-  const grow = Math.max(1, Math.min(1.75, 0.8 / zoom)), node = Math.min(grow, 1.32);
+  const grow = Math.max(1, Math.min(1.85, 0.8 / zoom)), node = Math.min(grow, 1.32);
   return { font: 12 * grow, radius: 17 * node, mlp: [38 * Math.min(grow, 1.6), 24 * node], end: [76 * grow, 26 * node], group: 16 / node };
 }
 
