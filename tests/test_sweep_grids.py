@@ -208,6 +208,7 @@ def test_all_shipped_grids_can_be_run() -> None:
         ("methods: []", "methods: the list is empty"),
         ("methods: {a: acdc}", "methods: {'a': 'acdc'} are names; give plain values"),
         ("metrics: loss", "metrics: metric 'loss'"),
+        ('tasks: "a\\tb.csv"', "tasks: 'a\\tb.csv' holds what cannot be printed"),
         ("policies: pahqq", "policies: policy 'pahqq' is unknown"),
         ("policies: [no]", "policies: False is no name"),
         ("tasks: poetry", "tasks: task 'poetry' is unknown"),

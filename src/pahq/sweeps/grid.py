@@ -185,6 +185,8 @@ def _value(key: str, value: Any, where: str) -> Any:
             return None
         if not isinstance(value, str | Path) or not str(value):
             raise PahqError(f"{where}: {key}: {value!r} is no name; give text (in quotes, if YAML reads it otherwise)")
+        if not str(value).isprintable():  # a file name may hold bytes that are no text, which no record can keep
+            raise PahqError(f"{where}: {key}: {str(value)!r} holds what cannot be printed; rename the file")
         return str(value)
     try:  # YAML reads 1e-6 as text
         number = math.nan if isinstance(value, bool) else float(value)
