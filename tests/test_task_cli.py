@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from toy_tokenizers import byte_level, toy_model
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Transformer:
     model = toy_model(byte_level())
+    import_module("pahq.inputs")  # which keeps the real load_model, and may not see this one first
     monkeypatch.setattr("pahq.model.load_model", lambda spec: model, raising=False)
     return model
 

@@ -21,6 +21,7 @@ from pahq.inputs import (
     held_out_prompts,
     load,
     metric_of,
+    task_of,
     task_options,
     timestamp,
 )
@@ -37,7 +38,7 @@ from pahq.report.tracking.opening import circuit_table, open_tracker, result_fil
 from pahq.report.tracking.settings import Tracking
 from pahq.scoring import prefilter, score
 from pahq.sweeping import sweep
-from pahq.task import Task, get_task
+from pahq.task import Task
 from pahq.task.prompts import Prompts
 from pahq.viewing import write_viewer
 
@@ -66,7 +67,8 @@ def discover(
     """Finds a circuit and returns it.
 
     model: whatever ``load_model`` takes: a name, folder or file, a ``transformers`` or TransformerLens
-        model, or a ``Transformer``. task: a name, a prompt file, or a ``Task``.
+        model, or a ``Transformer``. task: a name, a prompt file, or a ``Task``. Known circuits that bring a model
+        (``trained-sum``, see ``pahq truth``) are names of models and of tasks, too.
     threshold: an edge goes if cutting it raises the metric by less than this (in the metric's units). Methods that
         score edges keep those with at least this score, or take ``edges``, how many to keep.
     out: folder for the run's files; a run that was cut short there goes on, a finished one is loaded.
@@ -114,7 +116,7 @@ def execute(
     """
     watch = Watch() if watch is None else watch
     model = config.model if model is None else model
-    prompts_of = task if isinstance(task, Task) else get_task(config.task, **task_options(config))
+    prompts_of = task if isinstance(task, Task) else task_of(config.task, task_options(config))
     config = replace(absolute(config), metric=metric_of(config.metric, prompts_of))
     policy, options = get_policy(config.policy, config.under_test), _method_options(config)
     device = device_of(config.device)

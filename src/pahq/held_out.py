@@ -9,7 +9,7 @@ import torch
 
 from pahq.errors import PahqError
 from pahq.evaluation.examples import Examples
-from pahq.inputs import device_of, load, metric_of, task_options
+from pahq.inputs import device_of, load, metric_of, task_of, task_options
 from pahq.model import Transformer
 from pahq.precision.policy import get_policy
 from pahq.report import identity, machine
@@ -19,7 +19,7 @@ from pahq.report.passes import Passes, PassesFile
 from pahq.report.progress import Watch
 from pahq.report.steps import Steps
 from pahq.report.tracking.tracker import Tracker
-from pahq.task import Task, get_task
+from pahq.task import Task
 from pahq.task.prompts import Prompts
 
 
@@ -104,7 +104,7 @@ class HeldOut:
         name = run.config.task if self.task is None else self.task
         if name.startswith(OBJECT):
             raise PahqError(f"{run.path}: its task was a Python object; call pahq.evaluate with that object as task")
-        return get_task(name, **task_options(run.config))
+        return task_of(name, task_options(run.config))
 
     def _load(self, run: FinishedRun, device: str) -> tuple[Transformer, str]:
         """The model, and the fingerprint of its weights."""

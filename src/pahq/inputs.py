@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pahq.errors import PahqError
+from pahq.evaluation.truth.base import INTERPBENCH, OWN, load_truth
 from pahq.method.acdc import AcdcOptions
 from pahq.model import Transformer, load_model
 from pahq.precision.policy import Policy, get_policy
@@ -17,7 +18,7 @@ from pahq.precision.schedule import Scheduler
 from pahq.precision.streamed import streamed
 from pahq.report.config import RunConfig
 from pahq.report.progress import Watch
-from pahq.task import Task
+from pahq.task import Task, get_task
 from pahq.task.metrics import metric_class
 from pahq.task.prompts import Prompts
 
@@ -26,6 +27,18 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 def task_options(config: RunConfig) -> dict[str, Any]:
     return config.task_options | ({"pad": True} if config.pad else {})
+
+
+def task_of(name: str, options: dict[str, Any]) -> Task:
+    """A task by its name or file, or the prompts of a known circuit by the circuit's name (``trained-sum``).
+
+    Raises PahqError for what is unknown, and for options that the task lacks.
+    """
+    if not name.startswith(OWN):
+        return get_task(name, **options)
+    for option in options:
+        raise PahqError(f"task '{name}': option '{option}' is unknown; it has none")
+    return load_truth(name).task()
 
 
 def acdc_options(c: RunConfig) -> AcdcOptions:
@@ -47,20 +60,24 @@ def device_of(name: str) -> torch.device:
 
 
 def load(model: Any, config: RunConfig, watch: Watch, policy: Policy, scheduler: Scheduler | None) -> Transformer:
-    """The model in the configuration's type on its device.
+    """The model in the configuration's type on its device; of a known circuit by the circuit's name.
 
     On a GPU, a policy that quantises differences leaves its FP32 weights in host memory, from where they are streamed.
     """
     if scheduler is not None and scheduler.device.type == "cuda" and policy.differences:
         host = load(model, replace(config, device="cpu"), watch, policy, None)
         return streamed(host, scheduler.device, scheduler)
-    dtype = DTYPES[config.dtype]
+    dtype, changes = DTYPES[config.dtype], ("fold_ln", "center_writing", "center_unembed", "fold_value_biases")
+    asked = [option for option in changes if getattr(config, option)]
     if isinstance(model, Transformer):
-        for option in ("fold_ln", "center_writing", "center_unembed", "fold_value_biases"):
-            if getattr(config, option):
-                raise PahqError(f"{option}: the model is loaded already; give the option to load_model instead")
+        if asked:
+            raise PahqError(f"{asked[0]}: the model is loaded already; give the option to load_model instead")
         return model.to(config.device, dtype)
     watch.say(f"loading {config.model} …")
+    if isinstance(model, str) and model.startswith(OWN):
+        if asked:
+            raise PahqError(f"{asked[0]}: '{model}' is taken as it is known; leave the option out")
+        return load_truth(model).model().to(config.device, dtype)
     return load_model(
         model,
         device=config.device,
@@ -80,6 +97,9 @@ def absolute(config: RunConfig) -> RunConfig:
         # A plain word is a model's, task's or policy's name, even where a folder happens to be called the same.
         if ("/" in spec or "." in spec) and Path(spec).exists():
             paths[name] = str(Path(spec).resolve())
+        case = spec.removeprefix(INTERPBENCH)
+        if case != spec and Path(case).is_dir():
+            paths[name] = f"{INTERPBENCH}{Path(case).resolve()}"
     return replace(config, **paths)
 
 

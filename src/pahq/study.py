@@ -16,9 +16,9 @@ from pahq.evaluation.precision.replay import Tested, sweep_of
 from pahq.evaluation.precision.sensitivity import FORMATS, Watcher, budget_bytes, measure_sensitivity, single_policies
 from pahq.evaluation.precision.snr import measure_snr
 from pahq.files import read_json
-from pahq.inputs import DTYPES, absolute, acdc_options, device_of, metric_of, task_options, timestamp
+from pahq.inputs import DTYPES, absolute, acdc_options, device_of, load, metric_of, task_of, task_options, timestamp
 from pahq.method.acdc import Progress
-from pahq.model import Transformer, load_model
+from pahq.model import Transformer
 from pahq.precision.policy import get_policy
 from pahq.report import identity, machine
 from pahq.report.config import RunConfig
@@ -28,7 +28,6 @@ from pahq.report.folder import RUN_FILE
 from pahq.report.progress import Watch
 from pahq.report.steps import Steps
 from pahq.report.study import StudyFolder
-from pahq.task import get_task
 from pahq.task.prompts import Prompts
 
 Folder = str | PathLike[str]
@@ -189,15 +188,13 @@ def _study(
     """Loads, measures and writes. watch: told about the course. command: what was typed, for the record."""
     watch = Watch() if watch is None else watch
     began, started = time.perf_counter(), timestamp()
-    task = get_task(config.task, **task_options(config))
+    task = task_of(config.task, task_options(config))
     config = replace(absolute(config), metric=metric_of(config.metric, task))
     assert config.metric is not None
     get_policy(config.policy, config.under_test).require(device_of(config.device), DTYPES[config.dtype])
     folder = StudyFolder(out, name)
     try:
-        watch.say(f"loading {config.model} …")
-        names = ("device", "fold_ln", "center_writing", "center_unembed", "fold_value_biases")
-        model = load_model(config.model, **{name: getattr(config, name) for name in names})
+        model = load(config.model, config, watch, get_policy("fp32"), None)
         prompts = task.prompts(model, config.n, config.seed, "validation")
         steps = Steps(watch)
         try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pahq.errors import PahqError
 from pahq.evaluation.circuit import Circuit
-from pahq.inputs import load, task_options
+from pahq.inputs import load, task_of, task_options
 from pahq.model import Transformer
 from pahq.precision.policy import get_policy
 from pahq.report import identity
@@ -20,7 +20,7 @@ from pahq.report.viewer.drawing import Overlay, kept_nodes
 from pahq.report.viewer.evidence import evidence
 from pahq.report.viewer.facts import page_data
 from pahq.report.viewer.page import read_page, write_page
-from pahq.task import Task, get_task
+from pahq.task import Task
 from pahq.task.prompts import Prompts
 
 VIEWER_FILE = "viewer.html"
@@ -103,7 +103,7 @@ def _kept_evidence(run: FinishedRun) -> dict[str, Any] | None:
 def _fresh_evidence(run: FinishedRun, model: Any, task: str | Task | None, watch: Watch) -> dict[str, Any]:
     config = run.config
     name = config.task if task is None else task
-    of = name if isinstance(name, Task) else get_task(name, **task_options(config))
+    of = name if isinstance(name, Task) else task_of(name, task_options(config))
     transformer = load(config.model if model is None else model, config, watch, get_policy("fp32"), None)
     prompts = of.prompts(transformer, config.n, config.seed, "validation")
     then = run.record.get("identity", {})

@@ -71,8 +71,12 @@ View = Annotated[bool, typer.Option("--view/--no-view", help="Leave viewer.html 
 @tracked
 def discover(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="smollm2-135m, a hub id, a local folder, or a .gguf file.")],
-    task: Annotated[str, typer.Option(help="A task's name (see 'pahq tasks') or a JSONL or CSV file of prompts.")],
+    model: Annotated[
+        str, typer.Option(help="smollm2-135m, a hub id, a folder, a .gguf file, or a known circuit's name.")
+    ],
+    task: Annotated[
+        str, typer.Option(help="A task's name (see 'pahq tasks'), a JSONL or CSV file, or a known circuit's name.")
+    ],
     threshold: Annotated[
         float | None,
         typer.Option(help="An edge goes if cutting it raises the metric (by its score) by less than this."),

@@ -57,8 +57,13 @@ def _print_list(console: Console, rows: list[dict[str, Any]]) -> None:
 
 @tasks_app.command("show")
 def show(
-    name: Annotated[str, typer.Argument(metavar="TASK", help="A task's name, or a .jsonl, .csv or .json file.")],
-    model: Annotated[str, typer.Option(help="Embedded name, hub id, folder or .gguf file.")] = "smollm2-135m",
+    name: Annotated[
+        str, typer.Argument(metavar="TASK", help="A task's name, a .jsonl, .csv or .json file, or a known circuit.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Embedded name, hub id, folder or .gguf file (default: a circuit's own, or smollm2-135m)."),
+    ] = None,
     n: Annotated[int, typer.Option("--n", help="Prompts to print.")] = 5,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
     split: Annotated[str, typer.Option(help="train, validation, test or all.")] = "validation",
@@ -75,12 +80,14 @@ def show(
 
     Tokens are marked where clean and corrupted prompts differ.
     """
+    from pahq.evaluation.truth.base import OWN, load_truth
+    from pahq.inputs import task_of
     from pahq.model import load_model
-    from pahq.task import get_task
 
     options: dict[str, Any] = {option: True for option, on in (("pad", pad), ("prepend_bos", bos)) if on}
-    task = get_task(name, **task_options(task_option or []), **options)
-    loaded = load_model(model)
+    task = task_of(name, task_options(task_option or []) | options)
+    model = model or (name if name.startswith(OWN) else "smollm2-135m")
+    loaded = load_truth(model).model() if model.startswith(OWN) else load_model(model)
     prompts = _as_many_as(task, loaded, n, seed, split)
     report = _measure(task, loaded, prompts) | {"split": split, "seed": seed}
     shown = [_pair(loaded.tokenizer, prompts, row) for row in range(n)]
@@ -116,10 +123,10 @@ def _measure(task: Task, model: Any, prompts: Prompts) -> dict[str, Any]:
 
 
 def _pair(tokenizer: Any, prompts: Prompts, row: int) -> dict[str, Any]:
-    """One example as texts of tokens; ``differ`` and ``read`` are positions."""
+    """One example as texts of tokens (numbers where there is no tokenizer); ``differ`` and ``read`` are positions."""
 
     def spell(ids: Any) -> list[str]:
-        return [tokenizer.decode([token]) for token in ids.tolist()]
+        return [f" {token}" if tokenizer is None else tokenizer.decode([token]) for token in ids.tolist()]
 
     length = prompts.clean.shape[1] if prompts.pad is None else int((~prompts.pad[row]).sum())
     clean, corrupt = prompts.clean[row, :length], prompts.corrupt[row, :length]

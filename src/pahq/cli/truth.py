@@ -43,6 +43,8 @@ def _list(console: Console, names: dict[str, str]) -> None:
 
 def _show(console: Console, truth: Truth) -> None:
     """Counts, the setting, then one line a receiver with the senders it has."""
+    from pahq.evaluation.truth.base import OWN
+
     console.soft_wrap = True  # a receiver is a line, however many senders it has
     graph = truth.graph
     console.print(f"{truth.name}: {truth.about}")
@@ -54,6 +56,8 @@ def _show(console: Console, truth: Truth) -> None:
         f"edges: {truth.n_edges:,} of {graph.n_edges:,} "
         f"({truth.n_addition:,} of {graph.n_addition:,} addition, {truth.n_direct:,} of {graph.n_direct:,} direct)"
     )
+    if truth.name.startswith(OWN):
+        console.print(f"search it: {command_of(truth)}")
     for other, mask in truth.published.items():
         direct = int(mask[:, graph.direct].sum())
         total, common = int(mask.sum()), int((mask & truth.mask).sum())
@@ -65,3 +69,16 @@ def _show(console: Console, truth: Truth) -> None:
         columns = truth.mask[row].nonzero()[0].tolist()
         if columns:
             console.print(f"{receiver.name} <- {' '.join(graph.sender_name(column) for column in columns)}")
+
+
+def command_of(truth: Truth) -> str:
+    """How a circuit of the truth's own model is looked for in its setting."""
+    task = truth.name if truth.get_task is not None else "TASK"
+    words = ["pahq discover --model", truth.name, "--task", task, "--threshold 0.01 --metric", truth.metric]
+    words += ["-n", str(truth.n)]
+    words += ["--ablation", truth.ablation] if truth.ablation != "resample" else []
+    words += ["--seed", str(truth.seed)] if truth.seed else []
+    for option, value in truth.graph.options().items():
+        if value != (option != "split_pos"):
+            words.append(f"--{'' if value else 'no-'}{option.replace('_', '-')}")
+    return " ".join(words)

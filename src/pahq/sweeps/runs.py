@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from pahq.errors import PahqError
-from pahq.inputs import absolute, device_of, metric_of, task_options
+from pahq.inputs import absolute, device_of, metric_of, task_of, task_options
 from pahq.method.registry import get_method
 from pahq.precision.policy import get_policy
 from pahq.report.config import RunConfig
 from pahq.sweeps.command import AXES, judged, words
 from pahq.sweeps.grid import parts, points
-from pahq.task import get_task
 
 LONGEST = 200
 """Characters of a name: files are called so, with an ending."""
@@ -109,7 +108,7 @@ class _Judge:
 
     def _task(self, config: RunConfig) -> Any:
         if config.task not in self._tasks:
-            self._tasks[config.task] = self._naming("tasks", lambda: get_task(config.task, **task_options(config)))
+            self._tasks[config.task] = self._naming("tasks", lambda: task_of(config.task, task_options(config)))
         return self._tasks[config.task]
 
     def _policy(self, config: RunConfig) -> None:

@@ -29,6 +29,8 @@ FAMILIES = ("canonical", "tracr", "trained")
 """Modules of this folder, in the order in which their truths are listed."""
 INTERPBENCH = "interpbench:"
 """What goes before a case of InterpBench, or before a folder laid out like one."""
+OWN = ("tracr-", "trained-", INTERPBENCH)
+"""How the names of truths begin whose models have no other name."""
 _SETTINGS: dict[str, type] = {"metric": str, "ablation": str, "n": int, "seed": int}
 
 
