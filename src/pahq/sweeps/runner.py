@@ -130,9 +130,11 @@ class Runner:
                 job.process.kill()
                 job.process.wait()
                 _release(job.process)
-                state = "done" if (self.folder.path / job.run.name / RUN_FILE).exists() else "interrupted"
-                self.folder.change(job.run.name, state)
-            self.running.clear()
+            while self.running:
+                name = self.running.pop().run.name
+                done = (self.folder.path / name / RUN_FILE).exists()
+                with contextlib.suppress(PahqError):  # a full disk, say, which is told by what led here
+                    self.folder.change(name, "done" if done else "interrupted")
 
 
 def _release(process: subprocess.Popen[bytes]) -> None:
