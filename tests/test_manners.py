@@ -32,14 +32,15 @@ from pahq.report.progress import LiveWatch, PlainWatch, Watch, watch_for
 
 ROOT: Any = typer.main.get_command(app)
 COMMON = "--model {files}/model --task {files}/prompts.jsonl --metric kl_div --n 3"
+FULL = "run config size figures search precision total_seconds peak_memory largest_edges"
 RECORD = "command config figures versions commit machine started finished total_seconds"
 EVALUATED = "options runs roc agreement notes versions commit machine started finished total_seconds"
 GRID = "format kind command rows failures paper started finished versions commit machine"
 ABSENT = "/absent/thing"
 CASES: dict[str, tuple[str, str, str]] = {
-    "discover": (COMMON + " --threshold 0.01 --no-view --out {out}", "--model m --task ioi", "run config size figures"),
-    "resume": ("{files}/a --no-view", ABSENT, "run config search precision largest_edges"),
-    "show": ("{files}/a", ABSENT, "run config size figures search precision total_seconds peak_memory largest_edges"),
+    "discover": (COMMON + " --threshold 0.01 --no-view --out {out}", "--model m --task ioi", FULL),
+    "resume": ("{files}/a --no-view", ABSENT, FULL),
+    "show": ("{files}/a", ABSENT, FULL),
     "methods": ("", "", "name family about natural_threshold options"),
     "tasks": ("", "", "name default_metric description"),
     "tasks list": ("", "", "name default_metric description"),
@@ -123,6 +124,20 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_command_is_looked_at() -> None:
     assert set(CASES) == set(leaves())
+
+
+def test_keys_and_exit_codes_are_documented() -> None:
+    docs = Path(__file__).parent.parent / "docs"
+    told: dict[str, set[str]] = {}
+    for line in (docs / "json.md").read_text().splitlines():
+        if line.startswith("| `"):
+            names, keys = (re.findall("`([^`]+)`", cell) for cell in line.split("|")[1:3])
+            told |= {name: set(keys) for name in names}
+    assert set(told) == set(CASES)
+    for name, (_, _, keys) in CASES.items():
+        assert told[name] == set(keys.split()), name
+    codes_told = re.findall(r"^\| (\d+) \|", (docs / "cli.md").read_text(), re.MULTILINE)
+    assert list(map(int, codes_told)) == sorted(v for v in vars(codes).values() if isinstance(v, int))
 
 
 @pytest.mark.parametrize("name", leaves())
