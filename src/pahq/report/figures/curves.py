@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pahq.report.figures.chart import Draw
-from pahq.report.figures.style import SMALL, SOFT, figures, legend, looks, plain_ticks, wrapped
+from pahq.report.figures.style import SMALL, SOFT, legend, looks, numeral, plain_ticks, wrapped
 from pahq.report.tables import Row, decimals
 
 
@@ -180,7 +180,7 @@ def draw_cost(figure: Any, rows: Sequence[Row]) -> None:
         longest = max(map(len, texts)) * 0.62 * SMALL / 72 / (0.27 * figure.get_figwidth())  # of a panel
         axes.set(xlabel=title, xlim=(0, max(values) / max(1 - longest, 0.3) or 1))
         axes.set_xticks([tick for tick in MaxNLocator(3).tick_values(0, max(values)) if 0 <= tick <= max(values)])
-        axes.xaxis.set_major_formatter(lambda value, _: figures(value))
+        axes.xaxis.set_major_formatter(lambda value, _: numeral(value))
         axes.set_yticks(range(len(rows)), names)
         axes.tick_params(axis="y", length=0)
     panels[0].set_ylim(len(rows) - 0.4, -0.6)  # best run on top, as in the table

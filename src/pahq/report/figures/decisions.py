@@ -8,7 +8,7 @@ from typing import Any
 
 from pahq.graph import Graph
 from pahq.method.acdc import Decision
-from pahq.report.figures.style import BLUE, FAINT, INK, SMALL, SOFT, STATUS, figures, legend
+from pahq.report.figures.style import BLUE, FAINT, INK, SMALL, SOFT, STATUS, legend, numeral
 from pahq.report.tables import Row
 
 MANY = 3000
@@ -62,7 +62,7 @@ def draw_timeline(figure: Any, rows: Sequence[Row], metric: str = "metric") -> N
     axes.set(xlabel="edges in the order of their tests", ylabel=f"{sized} on {metric}")
     axes.set_xlim(-0.01 * len(rows) - 0.5, 1.01 * len(rows))
     axes.xaxis.set_major_locator(_whole())
-    axes.xaxis.set_major_formatter(lambda value, _: figures(value))
+    axes.xaxis.set_major_formatter(lambda value, _: numeral(value))
     axes.grid(axis="y")
     _layers(axes, rows, figure.get_figwidth())
     low = legend(figure, handles, labels)
@@ -92,7 +92,7 @@ def _scale(axes: Any, effects: Sequence[float], threshold: float) -> None:
     )
     axes.set_yscale("symlog", linthresh=linear, linscale=0.6)
     axes.yaxis.set_major_locator(FixedLocator(sorted(ticks)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: figures(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: numeral(value)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylim(1.6 * bottom if bottom < -linear else -0.6 * linear, 1.6 * top if top > linear else 1.6 * linear)
 

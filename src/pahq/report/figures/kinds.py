@@ -207,7 +207,10 @@ def _study(kind: str, folder: Folders) -> tuple[Source, list[Row]]:
     if of.kind != "study" or of.record.get("study") != kind:
         raise wrong(kind, of, f"give {needs}")
     with reading(of):
-        rows = [dict(row) for row in of.record["figures"]["rows"]]
+        rows = [{name: row[name] for name in row} for row in of.record["figures"]["rows"]]
+        for row in rows:
+            for name in (*precision.COLUMNS[kind], *rows[0]):
+                row[name]  # KeyError: told as damage
     if not rows:
         raise wrong(kind, of, "its table is empty; make it anew")
     return of, rows

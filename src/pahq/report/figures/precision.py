@@ -6,9 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from pahq.report.figures.style import MARKS, METHODS, SOFT, figures, legend, plain_ticks, shown
+from pahq.report.figures.style import MARKS, METHODS, SOFT, legend, numeral, plain_ticks, shown
 from pahq.report.tables import Row
 
+COLUMNS = {
+    "snr": ("variant", "point", "layer", "signal", "noise", "signal_read", "noise_read"),
+    "sensitivity": ("kind", "format", "quantised", "error_rms"),
+    "groups": ("quantised", "group", "bytes_high", "seconds", "spearman"),
+}
+"""What a study's rows must have."""
 COLOURS = list(METHODS.values())
 
 
@@ -27,7 +33,7 @@ def draw_snr(figure: Any, rows: Sequence[Row]) -> None:
         labels.append(variant)
     axes.axhline(0, color=SOFT, linewidth=0.7, linestyle="--")  # as much noise as signal
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.set_major_formatter(lambda value, _: figures(value))
+    axes.yaxis.set_major_formatter(lambda value, _: numeral(value))
     axes.set(xlabel="layer", ylabel="signal to noise, dB")
     axes.grid()
     low = legend(figure, handles, labels)
@@ -103,7 +109,7 @@ def draw_groups(figure: Any, rows: Sequence[Row]) -> None:
     for axes, title in zip(panels, titles, strict=True):
         axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
         axes.set_title(title)
-        axes.yaxis.set_major_formatter(lambda value, _: figures(value))
+        axes.yaxis.set_major_formatter(lambda value, _: numeral(value))
         axes.locator_params(axis="y", nbins=4)
         axes.grid()
     for axes in panels if wide else panels[-1:]:

@@ -30,8 +30,8 @@ METHODS = {
     "subnetwork-probing": GREEN,
     "edge-pruning": "#b5478d",
     "hisp": "#56b4e9",
-    "information-flow": "#8a6d1f",
-    "random": "#8b95a1",
+    "information-flow": "#7014cc",
+    "random": "#a3adb8",
 }
 """A method has the same colour in every figure."""
 BROKEN = ("--", ":", "-.")
@@ -50,12 +50,12 @@ class Look:
 
 
 def looks(names: Sequence[str]) -> dict[str, Look]:
-    """How each group of runs is drawn. Names begin with a method; the first of a method has that method's colour.
+    """How each group of runs is drawn. Names begin with a method; the plain or first one has that method's colour.
 
     Others take colours that are left over; once all are taken, they have their method's again, in broken lines.
     """
     order, found = list(METHODS.values()), dict[str, str]()
-    for name in dict.fromkeys(names):
+    for name in sorted(dict.fromkeys(names), key=lambda name: name not in METHODS):
         colour = METHODS.get(_method(name))
         if colour is not None and colour not in found.values():
             found[name] = colour
@@ -169,7 +169,7 @@ def legend(figure: Any, handles: Sequence[Any], labels: Sequence[str], title: st
     return (lines + (title is not None)) * 1.37 * SMALL / 72 + 0.08
 
 
-def figures(value: float) -> str:
+def numeral(value: float) -> str:
     """A number on an axis; small powers of ten as such."""
     power = round(math.log10(value)) if value > 0 else 0
     if power < -3 and math.isclose(value, 10.0**power):
@@ -182,5 +182,5 @@ def plain_ticks(axis: Any, few: bool = False) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1.0,) if few else (1.0, 2.0, 5.0), numticks=8))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: figures(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: numeral(value)))
     axis.set_minor_formatter(NullFormatter())
