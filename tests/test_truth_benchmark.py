@@ -33,6 +33,11 @@ def test_every_method_has_an_area(tmp_path: Path) -> None:
     assert "auc_acdc: 1.0000, target >= 0.98: met" in done.stdout
     assert "left out: ioi-gpt3: truth 'ioi-gpt3' is unknown" in done.stdout
     assert not found["details"]["failures"]
+    why = found["details"]["reasons"]
+    examined = {"hisp", "subnetwork-probing", "eap", "information-flow"}
+    assert set(why["reasons"]) == {row["method"] for row in why["table"]} == examined
+    assert 0 < why["lost_additions"]["trained-sum"] < 0.5
+    assert "hisp: its nature" in done.stdout
     assert {row["method"] for row in found["details"]["table"]} == set(ROWS)
     assert {"commit", "machine", "command"} <= set(found)
 
