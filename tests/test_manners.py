@@ -299,15 +299,30 @@ def test_progress_bars_are_for_terminals_that_can(monkeypatch: pytest.MonkeyPatc
     assert type(watch_for(Screen())) is PlainWatch
 
 
+# A command without torch, made to print a wide table in colour, or what is asked for.
+LIGHT = """
+import sys
+import pahq.cli.truth as truth
+from pahq.cli.app import main
+from rich.table import Table
+table = Table('name', 'what', box=None)
+table.add_row('x' * 60, 'y' * 90, style='bold red')
+truth._list = lambda console, names: console.print({what})
+sys.argv = ['pahq', 'truth']
+main()
+"""
+
+
+def light(what: str = "table") -> list[str]:
+    return [sys.executable, "-c", LIGHT.format(what=what)]
+
+
 @pytest.mark.parametrize(("more", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
 def test_a_command_on_a_real_terminal(more: dict[str, str], coloured: bool) -> None:
     master, slave = pty.openpty()
     environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
-    with subprocess.Popen(
-        [sys.executable, "-m", "pahq", "methods"],
-        stdout=slave,
-        env=environment | {"TERM": "xterm-256color", "COLUMNS": "70"} | more,
-    ) as process:
+    environment |= {"TERM": "xterm-256color", "COLUMNS": "70"} | more
+    with subprocess.Popen(light(), stdout=slave, env=environment) as process:
         os.close(slave)
         shown = b""
         while True:
@@ -321,28 +336,32 @@ def test_a_command_on_a_real_terminal(more: dict[str, str], coloured: bool) -> N
     os.close(master)
     assert process.returncode == 0
     assert (b"\x1b" in shown) is coloured
-    assert b"subnetwork-probing" in shown
-
-
-def piped(*words: str, **more: str) -> str:
-    command = [sys.executable, "-m", "pahq", *words]
-    return subprocess.run(command, capture_output=True, env=os.environ | more, check=True).stdout.decode()
+    assert b"xxx" in shown
+    assert b"y" * 90 not in shown
 
 
 def test_rows_come_whole_however_narrow_the_terminal_says_it_is() -> None:
-    assert piped("methods", COLUMNS="30") == piped("methods", COLUMNS="300")
+    done = subprocess.run(light(), capture_output=True, env=os.environ | {"COLUMNS": "30"}, check=True, text=True)
+    assert re.search("x{60} +y{90}", done.stdout)
 
 
 def test_a_letter_that_the_reader_lacks_ends_no_command() -> None:
-    code = (
-        "import sys\n"
-        "import pahq.cli.methods as methods\n"
-        "from pahq.cli.app import main\n"
-        "methods._show = lambda console: console.print('5 – 3')\n"
-        "sys.argv = ['pahq', 'methods']\n"
-        "main()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
-    )
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(light("'5 – 3'"), capture_output=True, env=ascii_only)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"5 ? 3\n", b"")
+
+
+def test_downloads_show_bars_only_to_those_who_watch(pahq: Pahq, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the hub's own; its library reads this when it is imported."""
+    name = "HF_HUB_DISABLE_PROGRESS_BARS"
+    monkeypatch.setenv("TERM", "xterm")
+    for words, stream, quiet in (
+        (["truth"], StringIO(), True),
+        (["truth"], Screen(), False),
+        (["truth", "-q"], Screen(), True),
+    ):
+        monkeypatch.delenv(name, raising=False)
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stderr", stream)
+            assert pahq(*words).code == 0
+        assert (os.environ.get(name) == "1") is quiet

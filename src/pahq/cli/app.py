@@ -20,6 +20,7 @@ from pahq.cli.tracking import tracked
 from pahq.errors import PahqError
 from pahq.files import explain, read_json
 from pahq.report.config import CHOICES, RunConfig
+from pahq.report.console import watched
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -283,7 +284,10 @@ def main() -> None:
     """Entry point: runs the command; every error a user can cause becomes one line and an exit code (see ``codes``)."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the reader's encoding lacks ends no command
         sys.stdout.reconfigure(errors="replace")
-    manner = Manner("--json" in sys.argv[1:])
+    words = sys.argv[1:]
+    if not watched(sys.stderr) or {"-q", "--quiet"} & set(words):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # downloads are as silent as all else is
+    manner = Manner("--json" in words)
     try:
         code = app(standalone_mode=False, obj=manner)
     except PahqError as error:

@@ -23,6 +23,11 @@ def is_dumb() -> bool:
     return os.environ.get("TERM", "").lower() in ("dumb", "unknown")
 
 
+def watched(stream: TextIO | None) -> bool:
+    """Whether a bar that moves makes sense there."""
+    return is_terminal(stream) and not is_dumb()
+
+
 def make_console(stream: TextIO | None = None) -> Console:
     """A console for ``stream`` (standard output by default): words as they are, nothing read as markup.
 

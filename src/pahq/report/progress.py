@@ -9,7 +9,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, TextIO
 
-from pahq.report.console import is_dumb, is_terminal, make_console
+from pahq.report.console import make_console, watched
 
 if TYPE_CHECKING:
     from pahq.method.acdc import Progress
@@ -44,7 +44,7 @@ def watch_for(stream: TextIO | None = None, quiet: bool = False) -> Watch:
     stream = sys.stderr if stream is None else stream
     if quiet or stream is None:  # a process without a console has no standard error
         return Watch()
-    return LiveWatch(stream) if is_terminal(stream) and not is_dumb() else PlainWatch(stream)
+    return LiveWatch(stream) if watched(stream) else PlainWatch(stream)
 
 
 class TimeLeft:
