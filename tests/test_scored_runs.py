@@ -20,8 +20,12 @@ import pahq
 import scored_runs
 from pahq import scoring
 from pahq.errors import PahqError
+from pahq.evaluation import faithfulness
 from pahq.evaluation.circuit import Circuit
+from pahq.evaluation.examples import Examples
+from pahq.graph import Graph
 from pahq.method.base import Scores
+from pahq.method.random import uniform
 from pahq.method.registry import METHODS as REGISTRY
 from pahq.method.registry import get_method
 from pahq.method.select import above, beyond, greedy, top
@@ -286,6 +290,28 @@ def test_prefiltered_runs_report_and_resume(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "cut" / "journal.jsonl").write_text("".join(lines[: len(lines) // 2]))
     run(tmp_path / "cut", of)
     assert contents(tmp_path / "cut")[0] == contents(tmp_path / "whole")[0]
+
+
+@pytest.mark.parametrize("ablation", ["resample", "mean", "zero"])
+def test_the_cost_of_a_prefilter_is_what_evaluations_call_recovered(ablation: str) -> None:
+    """So that 0 is a circuit without edges, whatever takes their place."""
+    of = RunConfig(
+        "object:Transformer",
+        "object:random",
+        0.002,
+        metric="logit_diff",
+        n=4,
+        ablation=ablation,
+        prefilter="random",
+        keep=0.4,
+    )
+    found = run(None, of).record["prefilter"]
+    model, task = transformer(layers=2), RandomTask(default_metric="logit_diff")
+    graph, prompts = Graph(model.config), task.prompts(model, 4)
+    examples = Examples(model, prompts, graph, task, "logit_diff", ablation)
+    left = top(graph, uniform(graph, 0).values, round(0.4 * graph.n_edges))
+    assert found["edges_left"] == left.sum()
+    assert found["faithfulness"] == pytest.approx(faithfulness.row(examples, examples.figures(left))["recovered"])
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pahq.course import Course, Found
 from pahq.errors import PahqError
 from pahq.evaluation.behaviour import behaviour
 from pahq.evaluation.circuit import Circuit
+from pahq.evaluation.faithfulness import recovered
 from pahq.graph import Graph
 from pahq.method.base import Problem, Scores
 from pahq.method.registry import get_method
@@ -156,8 +157,11 @@ def prefilter(course: Course, model: Transformer, prompts: Prompts, task: Task, 
             f"keep: no path from the embeddings to the logits lies within {keep:g} of the edges; keep more of them"
         )
     nothing = np.full(graph.shape, np.nan), np.full(graph.shape, -1, dtype=np.int64)
-    figures = behaviour(model, Circuit(graph, start, *nothing), task, prompts, c.metric, c.ablation)
-    full, circuit, corrupted = (figures[name]["metric"] for name in ("full", "circuit", "corrupted"))
+    figures, empty = (
+        behaviour(model, Circuit(graph, mask, *nothing), task, prompts, c.metric, c.ablation)
+        for mask in (start, np.zeros_like(start))  # which only resampling makes the model on corrupted prompts
+    )
+    full, circuit = (figures[name]["metric"] for name in ("full", "circuit"))
     record = {
         "method": c.prefilter,
         "keep": keep,
@@ -166,7 +170,7 @@ def prefilter(course: Course, model: Transformer, prompts: Prompts, task: Task, 
         "edges_left": int(start.sum()),
         "share_filtered": 1 - int(start.sum()) / graph.n_edges,
         "metric": circuit,
-        "faithfulness": None if full == corrupted else (circuit - corrupted) / (full - corrupted),
+        "faithfulness": recovered(circuit, empty["circuit"]["metric"], full),
         "figures": figures,
         **spent,
         **_facts(scores),
