@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from pahq.report.tracking.event import flat
 from pahq.report.tracking.jsonl import EVENTS_FILE, read_events
 from pahq.report.tracking.settings import TRACKING_FILE, Tracking
 from tiny import RandomTask, transformer
-from wandb_files import Offline, offline_runs
+from wandb_files import HEADER, Offline, offline_runs
 from wandb_server import Server
 
 wandb = pytest.importorskip("wandb")
@@ -98,7 +99,8 @@ def test_the_same_events_go_to_the_file_and_to_wandb(tmp_path: Path, capsys: pyt
     assert told.out == ""
     first, *rest = told.err.splitlines()
     assert first.startswith("W&B: kept offline; send it with: wandb sync ")
-    assert Path(first.removeprefix("W&B: kept offline; send it with: wandb sync ")).is_dir()
+    (place,) = shlex.split(first.removeprefix("W&B: kept offline; send it with: wandb sync "))
+    assert Path(place).is_dir()
     assert rest == ["measuring the circuit …"]  # not a word of wandb's own
 
     (offline,) = read(out)
@@ -167,7 +169,12 @@ def test_evaluations_are_tracked_where_asked_for(tmp_path: Path, monkeypatch: py
     out = tmp_path / "compared"
     with pytest.raises(KeyboardInterrupt):
         pahq.compare(runs, out, tracking=Tracking(mode="offline"), **how)
+    id = json.loads((out / TRACKING_FILE).read_text())["wandb"]["id"]
+    empty = out / "wandb" / f"offline-run-20260101_000000-{id}"  # killed before anything was written
+    empty.mkdir()
+    (empty / f"run-{id}.wandb").write_bytes(HEADER)
     pahq.compare(runs, out, **how)
+    assert not empty.exists()
     events = read_events(out / EVENTS_FILE)
     kinds = [event["event"] for event in events if event["event"] != "progress"]
     assert kinds == ["started", "stopped", "started", "finished"]
@@ -310,6 +317,15 @@ def test_killed_interrupted_and_bereft_runs(tmp_path: Path) -> None:
         assert (run.run.project, list(run.run.tags)) == ("p", ["a"])
         same_as(run, part)
     assert set(runs[0].logged()) <= {event["number"] for event in parts[0]}  # what was on its way may be lost
+    server = Server()
+    environment = os.environ | {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
+    (send,) = {line for line in found["said"]["resumed"] if "/*run-" in line}  # the same of both that went on
+    command = f"{Path(sys.executable).parent}/" + send.partition("send it with: ")[2].replace("sync", "sync --yes", 1)
+    subprocess.run(command, shell=True, check=True, capture_output=True, timeout=200, env=environment)
+    server.close()
+    steps = [row["_step"] for row in server.stream["wandb-history.jsonl"]]
+    assert steps == sorted(step for run in runs for step in run.logged())
+    assert len(steps) > 10
     again = [line for line in found["said"]["resumed"] if line.startswith("going on after ")]
     assert again[-1] != "going on after 0 decisions"
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import secrets
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from pahq.report.tracking.event import Event, flat
 from pahq.report.tracking.settings import WANDB_FOLDER, Tracking
 
 PROJECT = "pahq"
+HEADER_BYTES = 7
+"""Size of a ``.wandb`` file without any record."""
 PATIENCE = 30.0
 """Seconds that the server may take to answer when a run begins."""
 UPLOAD_PATIENCE = 120.0
@@ -51,7 +54,7 @@ class Wandb:
         config: dict[str, Any],
         say: Callable[[str], None],
     ) -> None:
-        self._say, self._job, self._broken = say, job, False
+        self._say, self._job, self._resumed, self._broken = say, job, id is not None, False
         self._phases: set[str] = set()
         try:
             import wandb
@@ -61,6 +64,11 @@ class Wandb:
             ) from error
         self._wandb = wandb
         where = None if folder is None or os.environ.get("WANDB_DIR") else str(folder.resolve())
+        if where is not None and id is not None:
+            _clear_empty(Path(where) / WANDB_FOLDER, id)
+        flushed: dict[str, Any] = {}
+        if "x_transaction_log_flush_interval" in wandb.Settings.model_fields:  # no public setting, and may go
+            flushed["x_transaction_log_flush_interval"] = 1.0  # seconds that a kill can cost, instead of 15
         fresh = where is not None and not (Path(where) / WANDB_FOLDER).exists()
         name = settings.name or os.environ.get("WANDB_NAME") or (None if folder is None else folder.resolve().name)
         try:
@@ -88,6 +96,7 @@ class Wandb:
                         init_timeout=PATIENCE,
                         finish_timeout=UPLOAD_PATIENCE,
                         finish_timeout_raises=True,
+                        **flushed,
                     ),
                 )
         except Exception as error:
@@ -103,14 +112,17 @@ class Wandb:
         if run.disabled:
             self._say("W&B: switched off (WANDB_MODE)")
         elif run.offline:
-            self._say(f"W&B: kept offline; send it with: wandb sync {self._place}")
+            self._say(f"W&B: kept offline; send it with: {self._sync}")
         else:
             self._say(f"W&B: {run.url}")
 
     @property
-    def _place(self) -> str:
-        """Where W&B keeps this run's data."""
-        return os.path.relpath(Path(self._run.dir).parent)
+    def _sync(self) -> str:
+        """The command that sends what W&B keeps of this run on the disk, with the parts of earlier processes."""
+        place = Path(self._run.dir).parent
+        if not self._resumed:
+            return f"wandb sync {shlex.quote(os.path.relpath(place))}"
+        return f"wandb sync {shlex.quote(os.path.relpath(place.parent))}/*run-*-{self._run.id}"
 
     def kept(self) -> dict[str, Any]:
         """What the run's folder keeps, so that a resumed run goes on here."""
@@ -174,7 +186,7 @@ class Wandb:
             with _silent():
                 self._run.finish(exit_code=code)
         except TimeoutError:
-            self._fail(f"did not take everything in {UPLOAD_PATIENCE:.0f} s; send it with: wandb sync {self._place}")
+            self._fail(f"did not take everything in {UPLOAD_PATIENCE:.0f} s; send it with: {self._sync}")
         except Exception as error:
             self._fail(f"({_line(error)}); what it has may lack the end")
             with contextlib.suppress(Exception), _silent():  # else it speaks up once more when the process ends
@@ -184,6 +196,13 @@ class Wandb:
         if not self._broken:
             self._broken = True
             self._say(f"note: W&B failed {how}")
+
+
+def _clear_empty(folder: Path, id: str) -> None:
+    """Takes away what a process left that was killed before W&B wrote anything: ``wandb sync`` stumbles over it."""
+    for file in folder.glob(f"*run-*-{id}/run-{id}.wandb"):
+        if file.stat().st_size <= HEADER_BYTES:
+            shutil.rmtree(file.parent, ignore_errors=True)
 
 
 def _line(error: BaseException) -> str:
