@@ -3,7 +3,7 @@
 HISP and subnetwork probing score nodes, not edges: nodes scored perfectly, 1 in the circuit and 0 elsewhere, show what
 is lost when an edge gets the lesser score of its ends. HISP also divides every layer's scores by their length, and
 takes a slope for an effect, as EAP does; measured effects show what that costs. Information flow divides what reaches
-a head equally among q, k and v, and looks at the clean run alone.
+a head equally among q, k and v, and goes by the size of what is read, used or not.
 
 Figures are means of the AUC over edges (by the scores' size), over all models. Everything rounded to 8 bits (``rtn``)
 fails where sums in the residual stream lose what is added to them: ``lost_…`` is the share of numbers added there that
@@ -43,8 +43,8 @@ REASONS = {
     "subnetwork-probing": "its nature: masks on nodes, so that all edges between two kept nodes are kept",
     "eap": "its nature: the slope at the clean run, where a sharp attention pattern hardly moves although its keys "
     "decide everything; gradients at two points of the path repair it",
-    "information-flow": "its nature: q, k and v of a head share alike what reaches it, and the clean run alone does "
-    "not tell what is the same in all prompts",
+    "information-flow": "its nature: q, k and v of a head share alike what reaches it, and shares go by size: "
+    "what is read but not used counts in full",
 }
 COLUMNS = [Column("method", "method", left=True), Column("case", "with", left=True)]
 
