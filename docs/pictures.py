@@ -60,14 +60,6 @@ def viewer(page: Path, picture: Path, selected: str | None = None) -> None:
         driver.quit()
 
 
-def small(picture: Path) -> None:
-    """Fewer colours, where a picture would weigh much in the repository."""
-    from PIL import Image
-
-    with Image.open(picture) as image:
-        image.convert("RGB").quantize(192, dither=Image.Dither.NONE).save(picture, optimize=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -84,7 +76,6 @@ def main() -> None:
             pahq("plot", kind, runs / "ioi", "--out", PICTURES / f"{kind}.png", "--width", width)
             (PICTURES / f"{kind}.csv").unlink()
         for picture in PICTURES.glob("*.png"):
-            small(picture)
             print(f"{picture}: {picture.stat().st_size / 1000:.0f} kB")
 
 
