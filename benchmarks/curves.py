@@ -25,6 +25,7 @@ from pahq.evaluation.examples import Examples
 from pahq.files import read_json, write_atomic, write_json
 from pahq.model import Transformer, load_model
 from pahq.report.figures import chart
+from pahq.report.figures.style import plain_ticks
 from pahq.report.finished import FinishedRun
 from pahq.report.progress import Watch, watch_for
 from pahq.report.tables import Column, Row, decimals, mebibytes, number, screen
@@ -181,6 +182,7 @@ def draw(figure: Any, rows: list[Row], costs: list[Row]) -> None:
             axes.plot(*zip(*mine, strict=True), marker="o" if method in SWEEPS else ".", color=f"C{place}", label=label)
         axes.axhline(1, color="grey", linewidth=0.8)
         axes.set(xlabel="edges", xscale="log", title=task)
+        plain_ticks(axes.xaxis)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")
     panels[0].set_ylabel("metric recovered, held-out prompts")

@@ -31,6 +31,7 @@ from pahq.evaluation.truth.base import read_truth
 from pahq.report import figures
 from pahq.report.figures.chart import DPI, draw, inches_of
 from pahq.report.figures.style import COLUMN, PAGE, numeral
+from pahq.reproduction.figures import rtn
 
 ROOT = Path(__file__).parent.parent
 KINDS = {
@@ -284,6 +285,14 @@ def test_errors_of_zero_have_hollow_marks(files: Path) -> None:
     hollow = [line for line in figure.axes[0].get_lines() if line.get_markerfacecolor() == "white"]
     assert sum(len(line.get_xdata()) for line in hollow) == 3  # q in three formats
     assert figure.axes[0].get_yscale() == "log"
+
+
+def test_the_reproductions_figure_can_be_read() -> None:
+    rows = [{"method": "rtn", "threshold": threshold, "zero_effects": 0.9} for threshold in (0.3, 0.1, 0.01)]
+    areas_of = [{"method": "rtn", "auc_against_fp32": 0.9, "points": [[0.1, 0.7]]}]
+    figure = figures.Chart("rtn", lambda figure, of: rtn(figure, of, areas_of), rows).figure("page")
+    check_readable(figure)
+    assert not [text for text, _ in texts(figure) if "$" in text]
 
 
 def test_numbers_on_axes() -> None:

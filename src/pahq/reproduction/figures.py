@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pahq.report.figures.style import plain_ticks
 from pahq.report.tables import Row
 
 
@@ -30,6 +31,8 @@ def rtn(figure: Any, rows: Sequence[Row], curves: Sequence[Row]) -> None:
             label=method,
         )
     zero.set(xlabel="threshold", xscale="log", ylim=(-0.02, 1.02), title="share of effects that are exactly zero")
+    plain_ticks(zero.xaxis)
     zero.legend(fontsize="small")
     for axes in (roc, zero):
-        axes.grid(alpha=0.3)
+        axes.grid()
+    figure.set_figheight(0.45 * figure.get_figwidth())
