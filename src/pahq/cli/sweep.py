@@ -86,7 +86,8 @@ def _run(made: Plan, jobs: int, retry_failed: bool, quiet: bool, as_json: bool) 
         lambda: f"the same command goes on with the runs in {made.out}",
     )
     page = made.out / PAGE_FILE
-    tell(record, lambda console: _show(console, record), quiet=quiet, as_json=as_json, written=page)
+    told = {"out": str(made.out), **record}
+    tell(told, lambda console: _show(console, record), quiet=quiet, as_json=as_json, written=page)
     if record["counts"]["failed"]:
         raise typer.Exit(PARTLY)
 
