@@ -16,6 +16,7 @@ from pahq.report.figures.style import COLUMN, LARGE, PAGE, style, wrapped
 from pahq.report.tables import Row, as_csv
 
 MISSING = "no plot: matplotlib is not installed (pip install 'pahq[plot]')"
+_MISSING = f"plot: {MISSING.removeprefix('no plot: ')}"
 FORMATS = ("svg", "pdf", "png")
 WIDTHS = {"column": COLUMN, "page": PAGE}
 NARROWEST, WIDEST = 2.5, 20.0
@@ -75,8 +76,10 @@ class Chart:
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows."""
-        with style():
-            return _encoded(_filled(self.draw, self.rows, PAGE, None), "png")
+        image = draw(self.draw, self.rows)
+        if image is None:
+            raise PahqError(_MISSING)
+        return image
 
 
 def draw(plot: Draw, rows: Sequence[Row]) -> bytes | None:
@@ -151,4 +154,4 @@ def _missing(error: ModuleNotFoundError) -> PahqError:
     """Raises anything but the absence of matplotlib anew."""
     if error.name is None or error.name.partition(".")[0] != "matplotlib":
         raise error
-    return PahqError(f"plot: {MISSING.removeprefix('no plot: ')}")
+    return PahqError(_MISSING)

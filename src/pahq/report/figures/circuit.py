@@ -19,7 +19,10 @@ from pahq.report.viewer.drawing import Overlay, reader
 MOST = 300
 """Edges drawn unless more are asked for: beyond that a page is too small."""
 THIN, THICK = 0.4, 2.4
-"""Widths in points of an edge of no effect, and of the largest one; between them as the effect's square root."""
+"""Widths in points of an edge of no effect, and of the largest one; between them as the effect's square root.
+
+Where there are many edges, the largest are thinner.
+"""
 LINK = "#9aa4af"
 PORTS = {"q": -0.3, "k": 0.0, "v": 0.3}
 """Where edges enter a head, as a share of its width."""
@@ -82,6 +85,7 @@ class _Picture:
         self.graph, self.rows = graph, rows
         self.width = (inches - 0.06) * 72
         self.size = 5.5 if inches < 5 else SMALL
+        self.thick = THICK * min(1.0, (80 / max(len(rows), 1)) ** 0.25)
         self.largest = max((abs(row["effect"]) for row in rows if row["effect"] is not None), default=0.0)
         self.nodes = {node.name: node for node in _nodes(graph, rows)}
         labels = {"layer", *(node.label for node in self.nodes.values())}
@@ -202,7 +206,7 @@ class _Picture:
 
     def _thickness(self, effect: float | None) -> float:
         share = abs(effect) / self.largest if effect is not None and self.largest else 0.0
-        return THIN + (THICK - THIN) * math.sqrt(share)
+        return THIN + (self.thick - THIN) * math.sqrt(share)
 
     def _colour(self, row: Row) -> str:
         return STATUS[row["status"]] if "status" in row else KINDS[row["kind"]]
