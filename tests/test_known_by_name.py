@@ -13,9 +13,13 @@ import commands
 import pahq as package
 from commands import Pahq
 from pahq.cli.truth import command_of
+from pahq.errors import PahqError
 from pahq.evaluation.circuit import Circuit
 from pahq.evaluation.truth import load_truth
+from pahq.evaluation.truth.tracr_task import Reverse
 from pahq.graph import Graph
+from pahq.model import load_model
+from tiny import save_model
 
 NAME = "trained-sum"
 WORDS = ("--model", NAME, "--task", NAME, "--metric", "kl_div", "-n", 8)
@@ -96,6 +100,16 @@ def test_the_command_is_told(pahq: Pahq) -> None:
 def test_bad_input_is_one_line(words: tuple[object, ...], message: str, pahq: Pahq, tmp_path: Path) -> None:
     assert message in pahq("discover", *words, "--threshold", 0.1, "--out", tmp_path / "run").error
     assert not (tmp_path / "run" / "start.json").exists()
+
+
+@pytest.mark.parametrize("task", [NAME, "tracr-reverse"])
+def test_a_model_that_reads_text_is_refused(task: str, tmp_path: Path) -> None:
+    save_model(tmp_path / "model", layers=1, heads=2)
+    source = Reverse() if task == Reverse.name else load_truth(task).task()
+    with pytest.raises(
+        PahqError, match=f"its prompts are token numbers of its own model, not of model; take .* {task}"
+    ):
+        source.prompts(load_model(str(tmp_path / "model")), 2)
 
 
 def test_a_case_in_a_folder_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,15 @@ class Truth:
         write_json(Path(path), self.to_json())
 
 
+def check_reader(task: str, model: Transformer) -> None:
+    """Raises PahqError for a model that reads text: to it the token numbers of such a task mean something else."""
+    if model.tokenizer is not None:
+        raise PahqError(
+            f"task '{task}': its prompts are token numbers of its own model, not of {model.config.name}; "
+            f"take model {task}"
+        )
+
+
 def names_of(graph: Graph, mask: np.ndarray) -> list[str]:
     """Names of the edges in a mask, receiver by receiver in the order of computation."""
     return [graph.edge_name(int(row), int(column)) for row, column in np.argwhere(mask)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pahq.errors import PahqError
+from pahq.evaluation.truth.base import check_reader
 from pahq.evaluation.truth.program import Program, untouched
 from pahq.model.transformer import Transformer
 from pahq.task.base import PATIENCE, Task, check_request, share
@@ -36,6 +37,7 @@ class DrawnTask(Task):
 
     def prompts(self, model: Transformer, n: int, seed: int = 0, split: str = "validation") -> Prompts:
         check_request(self.name, n, split)
+        check_reader(self.name, model)
         known, longest = model.config.d_vocab, model.config.n_ctx
         if known < self.program.d_vocab or longest < self.program.length:
             raise PahqError(

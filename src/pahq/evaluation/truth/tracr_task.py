@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pahq.errors import PahqError
+from pahq.evaluation.truth.base import check_reader
 from pahq.model.transformer import Transformer
 from pahq.task.base import Task, check_request, share
 from pahq.task.prompts import Prompts
@@ -27,6 +28,7 @@ class _Lists(Task):
 
     def prompts(self, model: Transformer, n: int, seed: int = 0, split: str = "validation") -> Prompts:
         check_request(self.name, n, split)
+        check_reader(self.name, model)
         rng = random.Random(f"{self.name} {seed}")
         every = list(product(self.values, repeat=self.length))
         rng.shuffle(every)
