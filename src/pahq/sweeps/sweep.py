@@ -109,4 +109,5 @@ def _before(rows: Mapping[str, Row], runner: Runner, out: Path) -> str:
         known.append(f"{counts['failed']:,} failed before (--retry-failed runs them again)")
     todo = [*known, f"{len(runner.waiting):,} to do"]
     how = f"{runner.jobs} at a time, {runner.threads} thread{'s' if runner.threads > 1 else ''} each"
-    return f"{len(rows):,} runs: {', '.join(todo)}; {how}; see {out / PAGE_FILE}"
+    runs = f"{len(rows):,} run{'s' if len(rows) != 1 else ''}"
+    return f"{runs}: {', '.join(todo)}; {how}; see {out / PAGE_FILE}"
