@@ -10,6 +10,7 @@ import torch
 
 import pahq
 from pahq.engine.full import FullEvaluator, patched_logits
+from pahq.evaluation.roc import auc, rates
 from pahq.evaluation.truth.base import Truth, load_truth, mask_of, truth_names
 from pahq.evaluation.truth.drawn import DrawnTask
 from pahq.evaluation.truth.program import interchanged
@@ -114,3 +115,21 @@ def test_rounding_everything_fails_where_the_stream_has_a_large_mean(name: str, 
     assert kept["rtn"].any() != fails
     if not fails:
         assert np.array_equal(kept["rtn"], truth.mask)
+
+
+def test_acdc_finds_the_circuits_in_fp32_and_in_mixed_precision(capsys: pytest.CaptureFixture[str]) -> None:
+    areas: list[float] = []
+    for name in NAMES:
+        truth, model, _ = case(name)
+        points = []
+        for threshold in (0.1, 0.01):
+            how = truth.options() | {"n": 16}
+            found = [
+                pahq.discover(model, truth.task(), threshold, policy=policy, **how).mask for policy in ("fp32", "pahq")
+            ]
+            assert np.array_equal(*found), name
+            points.append(rates(found[0], truth.mask, truth.graph.edges))
+        areas.append(auc(points))
+    with capsys.disabled():
+        print(f"\nAUC of ACDC on {len(areas)} trained models: mean {np.mean(areas):.4f}, least {min(areas):.4f}")
+    assert np.mean(areas) >= 0.98
