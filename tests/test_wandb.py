@@ -295,7 +295,8 @@ def test_online_and_when_the_server_leaves_in_the_middle(
 def test_killed_interrupted_and_bereft_runs(tmp_path: Path) -> None:
     script = Path(__file__).parent / "tracked_runs.py"
     wandb.teardown()  # or it would be the children's, too
-    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert found["codes"] == {"untracked": [0], "resumed": [-9, 130, 0], "bereft": [0]}
@@ -320,8 +321,8 @@ def test_killed_interrupted_and_bereft_runs(tmp_path: Path) -> None:
     server = Server()
     environment = os.environ | {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
     (send,) = {line for line in found["said"]["resumed"] if "/*run-" in line}  # the same of both that went on
-    command = f"{Path(sys.executable).parent}/" + send.partition("send it with: ")[2].replace("sync", "sync --yes", 1)
-    subprocess.run(command, shell=True, check=True, capture_output=True, timeout=200, env=environment)
+    sync = f"{Path(sys.executable).parent}/" + send.partition("send it with: ")[2].replace("sync", "sync --yes", 1)
+    subprocess.run(sync, shell=True, check=True, cwd=tmp_path, capture_output=True, timeout=200, env=environment)
     server.close()
     steps = [row["_step"] for row in server.stream["wandb-history.jsonl"]]
     assert steps == sorted(step for run in runs for step in run.logged())
