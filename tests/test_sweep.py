@@ -352,7 +352,7 @@ def test_how_far_a_run_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert meter.read() == "eap-ig: 3 of 12"
 
 
-def test_the_live_table(files: Path, fakes: Path, tmp_path: Path) -> None:
+def test_the_live_table(files: Path, tmp_path: Path) -> None:
     from rich.console import Console
 
     from pahq.report.progress import LiveWatch
@@ -360,16 +360,23 @@ def test_the_live_table(files: Path, fakes: Path, tmp_path: Path) -> None:
     with (tmp_path / "screen").open("w+") as screen:
         watch = LiveWatch(screen)
         watch.console = Console(file=screen, force_terminal=True, width=100, height=20)
-        run_sweep(plan(grid(files, 0.2, 0.1), tmp_path / "out"), 1, False, watch, "x")
+        lost, at_work, _ = rows = preview(plan(grid(files, 0.2, 0.1, 0.3), tmp_path / "out"))
+        with LiveBoard({row["run"]: row for row in rows}, watch) as board:
+            board.started(lost | {"state": "running"})
+            lost |= {"state": "failed", "reason": "prompts: there is [bold]none; give some"}
+            board.ended(lost)
+            at_work["state"] = "running"
+            board.started(at_work)
+            board.refresh({at_work["run"]: lambda: "12 edges tested"})
         screen.seek(0)
         plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.read())
-    for text in (
-        "1 waiting, 1 running",
-        "running      prompts_model_0.2_kl_div",
-        "waiting      prompts_model_0.1_kl_div",
+    assert "1 waiting, 1 running, 1 failed" in plain
+    for words in (
+        "failed +prompts_model_0.2_kl_div +prompts: there is \\[bold]none; give some",
+        "running +prompts_model_0.1_kl_div +12 edges tested +0:00",
+        "waiting +prompts_model_0.3_kl_div",
     ):
-        assert text in plain
-    assert re.search(r"failed +prompts_model_0.2_kl_div +prompts: there is <b>none</b>; give some", plain)
+        assert re.search(words, plain), words
 
 
 def test_an_empty_live_table(tmp_path: Path) -> None:
