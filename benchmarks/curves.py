@@ -25,7 +25,7 @@ from pahq.evaluation.examples import Examples
 from pahq.files import read_json, write_atomic, write_json
 from pahq.model import Transformer, load_model
 from pahq.report.figures import chart
-from pahq.report.figures.style import plain_ticks
+from pahq.report.figures.style import looks, plain_ticks
 from pahq.report.finished import FinishedRun
 from pahq.report.progress import Watch, watch_for
 from pahq.report.tables import Column, Row, decimals, mebibytes, number, screen
@@ -37,6 +37,8 @@ TASKS = "ioi,greaterthan,capital,agreement"
 METHODS = "acdc,pahq,eap,eap-ig,edge-pruning"
 THRESHOLDS = "0.3,0.1;greaterthan=0.1,0.03,0.01"
 """Logits, and for greaterthan shares of probability."""
+LOWEST, HIGHEST = -0.3, 2.0
+"""Of the plot: masks trained for a metric alone go far beyond the full model."""
 TRAINED = ("subnetwork-probing", "edge-pruning")
 COLUMNS = [
     Column("task", "task", left=True),
@@ -170,22 +172,32 @@ def draw(figure: Any, rows: list[Row], costs: list[Row]) -> None:
     """A panel for each task, a line for each method; time and memory stand beside its name."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    figure.set_size_inches(max(9.0, 5.0 * len(tasks)), 4.5)
-    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
-    for axes, task in zip(panels, tasks, strict=True):
-        for place, method in enumerate(methods):
+    across = min(2, len(tasks))
+    down = -(-len(tasks) // across)
+    figure.set_size_inches(5.0 * across, 3.6 * down)
+    panels = figure.subplots(down, across, squeeze=False)
+    shapes = looks(methods)
+    for axes, task in zip(panels.flat, tasks, strict=False):
+        for method in methods:
             mine = sorted((r["edges"], r["recovered"]) for r in rows if (r["task"], r["method"]) == (task, method))
             cost = [c for c in costs if (c["task"], c["method"]) == (task, method)]
             if not mine:
                 continue
             label = f"{method}: {cost[0]['seconds']:.0f} s, {cost[0]['bytes'] / 2**30:.1f} GiB"
-            axes.plot(*zip(*mine, strict=True), marker="o" if method in SWEEPS else ".", color=f"C{place}", label=label)
+            look = shapes[method]
+            line = ":" if method == "pahq" else look.line  # it lies upon acdc's where their circuits are the same
+            axes.plot(*zip(*mine, strict=True), marker=look.mark, color=look.colour, linestyle=line, label=label)
         axes.axhline(1, color="grey", linewidth=0.8)
-        axes.set(xlabel="edges", xscale="log", title=task)
+        axes.set(xscale="log", title=task, ylim=(LOWEST, HIGHEST))
         plain_ticks(axes.xaxis)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
-    panels[0].set_ylabel("metric recovered, held-out prompts")
+        axes.legend(fontsize="x-small", loc="upper left")
+    for axes in panels.flat[len(tasks) :]:
+        axes.set_visible(False)
+    for axes in panels[-1]:
+        axes.set_xlabel("edges")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("metric recovered, held out")
 
 
 def main() -> None:
