@@ -87,7 +87,7 @@ export class Panel {
     const upstream = this.circuit.reach([at], false).size - 1, downstream = this.circuit.reach([at], true).size - 1;
     const parts: HTMLElement[] = [
       this.close(), element("h2", {}, title(node)),
-      element("p", {}, `Reads ${into.length} edges, ${count(upstream, "node")} upstream; feeds ${out.length} edges, ${count(downstream, "node")} downstream.`),
+      element("p", {}, `Reads ${count(into.length, "edge")}, ${count(upstream, "node")} upstream; feeds ${count(out.length, "edge")}, ${count(downstream, "node")} downstream.`),
     ];
     const links = this.circuit.links.filter(([group, head]) => group === at || head === at).map(([group, head]) => (group === at ? head : group));
     if (links.length) parts.push(element("p", {}, node.kind === "group" ? "Shared by " : "Takes keys and values from ", ...links.flatMap((other, place) => [place ? " " : "", this.nodeButton(other)])));
