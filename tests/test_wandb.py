@@ -187,6 +187,15 @@ def test_evaluations_are_tracked_where_asked_for(tmp_path: Path, monkeypatch: py
     assert read_events(out / EVENTS_FILE)[0]["resumed"] is False
 
 
+def test_where_wandb_is_switched_off_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    wandb.teardown()
+    assert discover(tmp_path / "run", Tracking()).n_edges > 0
+    wandb.teardown()
+    assert not {TRACKING_FILE, "wandb"} & {entry.name for entry in (tmp_path / "run").iterdir()}
+    assert read_events(tmp_path / "run" / EVENTS_FILE)[-1]["event"] == "finished"
+
+
 def test_a_run_that_fails_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("the machine\nis on fire")
@@ -233,7 +242,7 @@ def test_wandb_that_cannot_be_reached_is_told_before_any_work(
     with pytest.raises(pahq.PahqError, match=message) as refused:
         pahq.discover("no-such-model", RandomTask(), 0.1, out=tmp_path / "run", tracking=Tracking())
     wandb.teardown()
-    assert str(refused.value).endswith("; mend that, take --wandb-mode offline, or leave --wandb out")
+    assert str(refused.value).endswith("; mend that, take --wandb-mode offline, or --no-wandb")
     assert capfd.readouterr() == ("", "")
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == [".lock"]
     assert discover(tmp_path / "run", None).n_edges > 0  # the folder is as good as new

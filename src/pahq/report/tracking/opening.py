@@ -58,8 +58,9 @@ def open_tracker(
             settings = settings.after(kept, folder)
         sink = Wandb(settings, None if kept is None else kept["id"], folder, job, config, say)
         sinks.append(sink)
-        if folder is not None and kept is None:
-            write_kept(folder, sink.kept())
+        news = sink.kept() if kept is None else None
+        if folder is not None and news is not None:
+            write_kept(folder, news)
     return Tracker(sinks, number, _memory)
 
 

@@ -60,7 +60,7 @@ class Wandb:
             import wandb
         except ImportError as error:
             raise PahqError(
-                f"wandb: it cannot be imported ({error}); install it (pip install 'pahq[wandb]'), or leave --wandb out"
+                f"wandb: it cannot be imported ({error}); install it (pip install 'pahq[wandb]'), or take --no-wandb"
             ) from error
         self._wandb = wandb
         where = None if folder is None or os.environ.get("WANDB_DIR") else str(folder.resolve())
@@ -102,9 +102,7 @@ class Wandb:
         except Exception as error:
             if where is not None and fresh:
                 shutil.rmtree(Path(where) / WANDB_FOLDER, ignore_errors=True)
-            raise PahqError(
-                f"wandb: {_line(error)}; mend that, take --wandb-mode offline, or leave --wandb out"
-            ) from error
+            raise PahqError(f"wandb: {_line(error)}; mend that, take --wandb-mode offline, or --no-wandb") from error
         self._tell()
 
     def _tell(self) -> None:
@@ -124,9 +122,11 @@ class Wandb:
             return f"wandb sync {shlex.quote(os.path.relpath(place))}"
         return f"wandb sync {shlex.quote(os.path.relpath(place.parent))}/*run-*-{self._run.id}"
 
-    def kept(self) -> dict[str, Any]:
-        """What the run's folder keeps, so that a resumed run goes on here."""
+    def kept(self) -> dict[str, Any] | None:
+        """What the run's folder keeps, so that a resumed run goes on here; None where W&B is switched off."""
         run = self._run
+        if run.disabled:
+            return None
         return {
             "id": run.id,
             "mode": "offline" if run.offline else "online",
