@@ -365,3 +365,13 @@ def test_downloads_show_bars_only_to_those_who_watch(pahq: Pahq, monkeypatch: py
             patch.setattr("sys.stderr", stream)
             assert pahq(*words).code == 0
         assert (os.environ.get(name) == "1") is quiet
+
+
+def test_a_refusal_stays_one_line_if_the_reader_had_enough() -> None:
+    """As ``head`` has."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", "from pahq.cli.app import main; main()", "show", ABSENT, "--json"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr.count("\n")) == (codes.REFUSED, 1)

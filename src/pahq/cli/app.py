@@ -14,7 +14,7 @@ import typer
 from pahq.cli import codes
 from pahq.cli.config_file import Config
 from pahq.cli.options import method_options, task_options
-from pahq.cli.output import Json, Manner, Quiet, fail, failed, tell
+from pahq.cli.output import Json, Manner, Quiet, fail, failed, mute, tell
 from pahq.cli.running import Interrupted, guarded
 from pahq.cli.tracking import tracked
 from pahq.errors import PahqError
@@ -292,8 +292,8 @@ def main() -> None:
         code = app(standalone_mode=False, obj=manner)
     except PahqError as error:
         code = fail(str(error), codes.REFUSED, manner.as_json)
-    except BrokenPipeError:  # the reader of our output (head, less) had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        mute()
         code = codes.DONE
     except OSError as error:
         code = fail(explain(error), codes.REFUSED, manner.as_json)

@@ -8,6 +8,7 @@ command takes ``quiet: Quiet = False, as_json: Json = False`` and ends with ``te
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,5 +79,14 @@ def fail(message: str, code: int, as_json: bool) -> int:
     message = " ".join(message.split())
     print(message if code == codes.INTERRUPTED else f"error: {message}", file=sys.stderr)
     if as_json:
-        failed(message, code)
+        try:
+            failed(message, code)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            mute()
     return code
+
+
+def mute() -> None:
+    """The reader of standard output (head, less) had enough: what is left goes nowhere, without a word."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
