@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,8 +20,8 @@ import commands
 import pahq as package
 from commands import Pahq
 from pahq.evaluation.examples import Examples
-from pahq.files import write_json
-from pahq.report import machine
+from pahq.files import naming, write_json
+from pahq.report import machine, results
 from pahq.report.passes import PassesFile
 from tiny import save_model, save_prompts
 
@@ -122,6 +123,28 @@ def test_a_killed_process_goes_on(pahq: Pahq, files: Path, tmp_path: Path) -> No
         begun = len(run)
         assert pahq(*words, tmp_path / "whole").code == 0
         assert begun <= len(run) - begun - 4
+    assert figures(out) == figures(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), OSError(errno.ENOSPC, "")], ids=["stopped", "disk full"])
+def test_what_is_measured_but_not_written_is_kept(
+    pahq: Pahq, files: Path, tmp_path: Path, fault: BaseException
+) -> None:
+    """The last file, the record, is missing: tables and plots lie there without it."""
+    words, out = ["evaluate", files / "tight", *FEW, "-q", "--out"], tmp_path / "out"
+
+    def refuse(path: Path, _: object) -> None:
+        with naming(path):
+            raise fault
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "write_json", refuse)
+        assert pahq(*words, out).code == (130 if isinstance(fault, KeyboardInterrupt) else 2)
+    assert {"evaluation.csv", "evaluation.passes.jsonl"} <= {entry.name for entry in out.iterdir()}
+    with pytest.MonkeyPatch.context() as patch:
+        run = stop_after(1000, patch)
+        assert (pahq(*words, out).code, run) == (0, [])
+    assert pahq(*words, tmp_path / "whole").code == 0
     assert figures(out) == figures(tmp_path / "whole")
 
 

@@ -61,6 +61,13 @@ def write_atomic(path: Path, data: bytes) -> None:
             raise
 
 
+def write_all(file: int, data: bytes) -> None:
+    """Writes all of ``data`` to a file descriptor; a single write may take only a part, when the disk fills up, say."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(file, left) :]
+
+
 def write_json(path: Path, value: Any) -> None:
     """``write_atomic`` of readable JSON. Floats are written in full, so that they read back exactly."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pahq.errors import PahqError
-from pahq.files import naming, write_atomic
+from pahq.files import naming, write_all, write_atomic
 from pahq.method.acdc import Decision
 
 JOURNAL_FILE = "journal.jsonl"
@@ -70,10 +70,8 @@ class Journal:
     def append(self, decisions: Sequence[Decision], spent: dict[str, Any]) -> None:
         """Writes a batch of decisions and the work spent so far; raises PahqError where the disk refuses."""
         lines = [to_line(decision, self.edge_name(decision.row, decision.column)) for decision in decisions]
-        data = memoryview(("".join(lines) + json.dumps({"spent": spent}) + "\n").encode())
         with naming(self.path):
-            while data:  # a raw write may take only a part, when the disk fills up for instance
-                data = data[self._file.write(data) or 0 :]
+            write_all(self._file.fileno(), ("".join(lines) + json.dumps({"spent": spent}) + "\n").encode())
 
     def close(self) -> None:
         """Closes the file, after asking the disk to keep it."""

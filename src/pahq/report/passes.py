@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pahq.files import naming
+from pahq.files import naming, write_all
 
 Sums = dict[str, list[float]]
 """Name of a figure -> its sum over the positions of each example."""
@@ -56,7 +56,7 @@ class PassesFile:
                 self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  (held until the evaluation is over)
                 if self._there:  # what a killed process was writing ends here
                     self._file.write(b"\n")
-            self._file.write((json.dumps({"on": on, "pass": key, "sums": sums}) + "\n").encode())
+            write_all(self._file.fileno(), (json.dumps({"on": on, "pass": key, "sums": sums}) + "\n").encode())
 
     def close(self) -> None:
         if self._file is not None:

@@ -42,9 +42,10 @@ class ResultFolder:
             found = sorted(e.name for e in self.path.iterdir() if not e.name.endswith(".tmp") and e.name not in mine)
             if not os.access(self.path, os.W_OK):
                 raise PermissionError(13, "", str(self.path))
-        if found and not (self._record in found and read_json(self.path / self._record).get("format") == FORMAT):
-            raise PahqError(f"{self.path}: holds something else ('{found[0]}'); choose a new or empty folder")
         self.passes = PassesFile(passes_path(self.path, kind))
+        known = self._record in found and read_json(self.path / self._record).get("format") == FORMAT
+        if found and not (known or self.unfinished):  # a process killed while it wrote leaves tables and its passes
+            raise PahqError(f"{self.path}: holds something else ('{found[0]}'); choose a new or empty folder")
 
     @property
     def _record(self) -> str:
@@ -57,11 +58,13 @@ class ResultFolder:
 
     @contextlib.contextmanager
     def discarding(self) -> Iterator[None]:
-        """Whatever ends the block early: after Ctrl-C there is something to go on with, else nothing is left of it."""
+        """Whatever ends the block early: after Ctrl-C, and where the disk refuses, there is something to go on with,
+        else nothing is left of it.
+        """
         try:
             yield
         except BaseException as error:
-            self.discard(with_passes=isinstance(error, PahqError))
+            self.discard(with_passes=isinstance(error, PahqError) and not isinstance(error.__cause__, OSError))
             raise
 
     def discard(self, with_passes: bool) -> None:

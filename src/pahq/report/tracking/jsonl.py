@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pahq.files import naming
+from pahq.files import naming, write_all
 from pahq.report.tracking.event import Event
 from pahq.report.tracking.settings import TRACKING_FILE, WANDB_FOLDER
 
@@ -34,13 +34,12 @@ class Jsonl:
         return events[-1]["number"] + 1 if events else 0
 
     def emit(self, event: Event) -> None:
-        line = memoryview((json.dumps(event.to_json(), ensure_ascii=False, allow_nan=False) + "\n").encode())
+        line = json.dumps(event.to_json(), ensure_ascii=False, allow_nan=False) + "\n"
         with naming(self.path):
             if self._file is None:
                 self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
                 os.ftruncate(self._file, _whole(self.path.read_bytes()))
-            while line:  # a write may take only a part, when the disk fills up for instance
-                line = line[os.write(self._file, line) :]
+            write_all(self._file, line.encode())
 
     def close(self, code: int) -> None:
         if self._file is not None:
