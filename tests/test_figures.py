@@ -260,9 +260,12 @@ def test_roc_draws_its_points(files: Path) -> None:
 
 
 def test_faithfulness_of_several_folders_keeps_them_apart(files: Path, tmp_path: Path) -> None:
-    shutil.copytree(files / "evaluated", tmp_path / "again")
-    rows = figures.faithfulness([files / "evaluated", tmp_path / "again"]).rows
-    assert [row["group"] for row in rows] == ["acdc", "acdc (again)"]
+    again, other = tmp_path / "again", tmp_path / "other" / "again"
+    for folder in (again, other):
+        shutil.copytree(files / "evaluated", folder)
+    rows = figures.faithfulness([files / "evaluated", again, other, other]).rows
+    told = ["acdc", "acdc (again)", f"acdc ({other})", f"acdc ({other}, 2)"]
+    assert [row["group"] for row in rows] == told
     record = json.loads((files / "evaluated" / "evaluation.json").read_text())
     point = record["runs"][0]["circuit"]
     assert rows[0]["recovered"] == rows[1]["recovered"] == point["recovered"]

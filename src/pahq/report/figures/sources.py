@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, count
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,8 @@ Folder = str | PathLike[str]
 Folders = Folder | Sequence[Folder]
 """One folder or several."""
 RECORDS = ("comparison.json", "evaluation.json")
+NAMES = ("name", "group")
+"""What results call their rows by."""
 
 
 @dataclass(frozen=True)
@@ -96,18 +99,19 @@ def reading(of: Source | Path) -> Iterator[None]:
 def rows_of_results(found: Sequence[Source], part: str) -> list[Row]:
     """``runs`` or ``roc`` of several evaluations and comparisons, in their order.
 
-    Where two folders call different things by one name, the folder's name comes after it.
+    Where two folders call different things by one name, the folder's name comes after it; its path, and a number,
+    where several folders are called alike.
     """
-    rows: list[Row] = []
+    rows, taken = list[Row](), set[Any]()
     for one in found:
         with reading(one):
             mine = [dict(row) for row in one.record[part]]
-            names = {name for key in ("name", "group") for row in mine if (name := row.get(key)) is not None}
-            taken = {row.get(key) for key in ("name", "group") for row in rows}
+            twice = {row[key] for row in mine for key in NAMES if key in row} & taken
+            tellers = chain((one.path.resolve().name, str(one.path)), (f"{one.path}, {i}" for i in count(2)))
+            teller = next(teller for teller in tellers if taken.isdisjoint(f"{name} ({teller})" for name in twice))
             for row in mine:
-                for key in ("name", "group"):
-                    if row.get(key) in taken and row.get(key) in names:
-                        row[key] = f"{row[key]} ({one.path.resolve().name})"
+                row |= {key: f"{row[key]} ({teller})" for key in NAMES if row.get(key) in twice}
+                taken |= {row[key] for key in NAMES if key in row}
             rows += mine
     return rows
 
