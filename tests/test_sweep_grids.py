@@ -144,6 +144,11 @@ def test_commands_say_what_the_run_is() -> None:
     assert words(RunConfig("gpt2", "ioi", 0.01, metric="kl_div"), {}, "-o/x") == plain
 
 
+def test_names_are_such_as_files_may_have() -> None:
+    name = run_name(["ü" * 150, "ü" * 150])
+    assert name == "ü" * 100  # 200 bytes; with an ending a file system takes 255
+
+
 def test_every_option_of_discover_can_be_shared() -> None:
     click: Any = typer.main.get_command(app)
     options = {param.name for param in click.commands["discover"].params} - {"method_option", "task_option", "help"}
@@ -229,6 +234,8 @@ def test_all_shipped_grids_can_be_run() -> None:
         ("options: {task_options: {seed: [1]}}", "options: task_options: seed is [1]; give one number"),
         ("options: {task_options: {verses: 2}}", "tasks: task 'ioi': option 'verses' is unknown"),
         ("options: {method_options: {steps: 2}}", "options: method_options:"),
+        ("options: {wandb: true, wandb_mode: of}", "options: wandb mode: 'of' is unknown; known: online, offline"),
+        ("options: {wandb_group: g}", "options: wandb-group: 'g' goes with --wandb"),
         ("grids: {tasks: ioi}", "grids: {'tasks': 'ioi'} is no list of grids"),
         ("grids: [{task: ioi}]", "grids, part 1: 'task' is unknown; did you mean 'tasks'?"),
         ("grids: [{}, {options: {n: 3}}]", "grids, part 2: run ioi_gpt2_0.1_kl_div is there already (n is 16 there, 3"),

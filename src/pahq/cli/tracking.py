@@ -5,14 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
-
-from pahq.errors import PahqError
-
-if TYPE_CHECKING:
-    from pahq.report.tracking.settings import Tracking
 
 ARGUMENT = "tracking"
 _OPTIONS: dict[str, Any] = {
@@ -44,27 +39,11 @@ def tracked(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapper(**given: Any) -> None:
+        from pahq.report.tracking.settings import tracking_of
+
         chosen = {name: given.pop(name) for name in _OPTIONS}
         command(**given, **{ARGUMENT: tracking_of(**chosen)})
 
     wrapper.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]  (PEP 362)
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapper
-
-
-def tracking_of(wandb: bool | None, wandb_tags: str | None, **more: str | None) -> Tracking | None:
-    """Options as they were given -> ``Tracking``; raises PahqError for those that cannot be."""
-    from pahq.report.tracking.settings import Tracking
-
-    given = {name: value for name, value in (more | {"wandb_tags": wandb_tags}).items() if value is not None}
-    if not wandb:
-        if given:
-            name = next(iter(given)).replace("_", "-")
-            raise PahqError(
-                f"{name}: '{next(iter(given.values()))}' goes with --wandb; give that, too, or leave it out"
-            )
-        return None if wandb is None else Tracking(wandb=False)
-    options: dict[str, Any] = {name.removeprefix("wandb_"): value for name, value in given.items()}
-    if wandb_tags is not None:
-        options["tags"] = tuple(tag.strip() for tag in wandb_tags.split(","))
-    return Tracking(**options)

@@ -11,6 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from pahq.errors import PahqError
 from pahq.method.registry import get_method
 from pahq.report.config import RunConfig
+from pahq.report.tracking.settings import Tracking, tracking_of
 
 AXES = {
     "task": "tasks",
@@ -22,8 +23,8 @@ AXES = {
     "policy": "policies",
 }
 """Options in which the runs of a sweep differ -> the key of a grid that lists their values."""
-EXTRAS: dict[str, Any] = {"streams": str, "view": bool, "wandb": bool}
-EXTRAS |= {f"wandb_{name}": str for name in ("mode", "project", "entity", "group", "name", "tags")}
+_WANDB: dict[str, Any] = {"wandb": bool} | {f"wandb_{f.name}": str for f in fields(Tracking) if f.name != "wandb"}
+EXTRAS = {"streams": str, "view": bool, **_WANDB}
 """Options of ``pahq discover`` that change nothing in a circuit, and so are no part of ``RunConfig`` -> their type."""
 _NAMES: dict[Any, str] = {
     int: "a whole number",
@@ -65,6 +66,10 @@ def judged(options: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
         (config if name in shared else extras)[name] = value
     for name in ("task_options", "method_options"):
         _check_words(config.get(name, {}), name, where)
+    try:
+        tracking_of(**{name: extras.get(name) for name in _WANDB})
+    except PahqError as error:
+        raise PahqError(f"{where}: {error}") from None
     return config, extras
 
 

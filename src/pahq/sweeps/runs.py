@@ -19,7 +19,7 @@ from pahq.sweeps.command import AXES, judged, words
 from pahq.sweeps.grid import parts, points
 
 LONGEST = 200
-"""Characters of a name: files are called so, with an ending."""
+"""Bytes of a name: files are called so, with an ending."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def expand(grid: Mapping[str, Any], where: str, only: str | None = None) -> list
 def run_name(parts: Sequence[str]) -> str:
     """Parts of a name as one that every file system takes."""
     name = "_".join(re.sub(r"[^\w.+-]+", "_", part).strip("_") for part in parts if part)
-    return name.lstrip(".-")[:LONGEST] or "run"
+    return name.lstrip(".-").encode()[:LONGEST].decode(errors="ignore") or "run"
 
 
 class _Judge:

@@ -73,6 +73,25 @@ class Tracking:
         return Tracking(self.wandb, **chosen, tags=self.tags or tuple(kept.get("tags", ())))
 
 
+def tracking_of(wandb: bool | None, wandb_tags: str | None, **more: str | None) -> Tracking | None:
+    """Options ``--wandb…`` as they were given -> ``Tracking``, None for none; raises PahqError for what cannot be.
+
+    wandb_tags: with commas between them. more: the other fields of ``Tracking``, as ``wandb_NAME``.
+    """
+    given = {name: value for name, value in (more | {"wandb_tags": wandb_tags}).items() if value is not None}
+    if not wandb:
+        if given:
+            name = next(iter(given)).replace("_", "-")
+            raise PahqError(
+                f"{name}: '{next(iter(given.values()))}' goes with --wandb; give that, too, or leave it out"
+            )
+        return None if wandb is None else Tracking(wandb=False)
+    options: dict[str, Any] = {name.removeprefix("wandb_"): value for name, value in given.items()}
+    if wandb_tags is not None:
+        options["tags"] = tuple(tag.strip() for tag in wandb_tags.split(","))
+    return Tracking(**options)
+
+
 def read_kept(folder: Path) -> dict[str, Any] | None:
     """How the run in ``folder`` is tracked (fields of ``Tracking``, and ``id``), None if it is not.
 
