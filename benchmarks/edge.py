@@ -24,6 +24,7 @@ from pahq.evaluation.truth.base import load_truth
 from pahq.graph import Graph
 from pahq.method.select import top
 from pahq.model import load_model
+from pahq.report.console import make_console
 from pahq.report.tables import Column, number, screen
 from pahq.task import get_task
 
@@ -88,8 +89,6 @@ def added(gradients: Gradients, values: np.ndarray, place: tuple[int, int], edge
 
 
 def main() -> None:
-    from rich.console import Console
-
     given, facts = options(), header()
     model, graph, place = given.loaded, Graph(given.loaded.config), given.place
     prompts = given.prompts.prompts(model, given.n, seed=given.seed)
@@ -113,7 +112,7 @@ def main() -> None:
     figures["rank_by_size"] = int((strength > abs(values[place])).sum()) + 1
     if given.edges is not None:
         figures |= added(gradients, values, place, given.edges)
-    Console(highlight=False, width=100).print(screen(rows, COLUMNS))
+    make_console().print(screen(rows, COLUMNS))
     print(f"{given.edge} of {graph.n_edges} edges, {given.metric} on {len(prompts)} prompts")
     kept = {key: str(value) for key, value in vars(given).items() if key not in ("loaded", "prompts", "place")}
     finish(given.out, facts, figures, {"options": kept, "path": rows})

@@ -34,6 +34,7 @@ from pahq.method.information_flow import information_flow_scores
 from pahq.precision.policy import get_policy
 from pahq.precision.store import WeightStore
 from pahq.precision.values import RoundedTransformer, rounded_model
+from pahq.report.console import make_console
 from pahq.report.tables import Column, Row, decimals, percent, screen
 from sweeps import Additions
 
@@ -170,10 +171,8 @@ def means(rows: list[Row]) -> list[Row]:
     return [{"method": m, "case": case, "auc": statistics.fmean(values)} for (m, case), values in groups.items()]
 
 
-def show(rows: list[Row], width: int | None = 160) -> None:
+def show(rows: list[Row]) -> None:
     """Prints a table with a column for each model."""
-    from rich.console import Console
-
     settings = list(dict.fromkeys(row["setting"] for row in rows))
     wide: dict[tuple[str, str], Row] = {}
     for row in rows:
@@ -181,7 +180,7 @@ def show(rows: list[Row], width: int | None = 160) -> None:
     for row in means(rows):
         wide[row["method"], row["case"]]["mean"] = row["auc"]
     columns = [Column(name, name.removeprefix("trained-"), decimals(3)) for name in (*settings, "mean")]
-    Console(highlight=False, width=width).print(screen(list(wide.values()), COLUMNS + columns))
+    make_console().print(screen(list(wide.values()), COLUMNS + columns))
 
 
 def options() -> argparse.Namespace:

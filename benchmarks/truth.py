@@ -23,6 +23,7 @@ from common import finish, header, parser
 from pahq.errors import PahqError
 from pahq.evaluation.circuit import Circuit
 from pahq.evaluation.truth.base import truth_names
+from pahq.report.console import make_console
 from pahq.report.folder import RUN_FILE
 from pahq.report.progress import Watch, watch_for
 from pahq.report.tables import Column, Row, decimals, number, screen
@@ -155,8 +156,6 @@ def means(rows: list[Row], models: list[Setting]) -> dict[str, dict[str, float]]
 
 
 def main() -> None:
-    from rich.console import Console
-
     given, facts = options(), header()
     models, missing = settings(given)
     print(f"models: {', '.join(setting.name for setting in models)}")
@@ -166,9 +165,7 @@ def main() -> None:
         grid = Grid(given.runs or Path(folder), watch_for() if given.verbose else Watch())
         rows, runs, curves = measure(given, grid, models)
         same, pairs = same_circuits(given, grid, models)
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=120)
-    console.print(screen(rows, COLUMNS))
+    make_console().print(screen(rows, COLUMNS))
     for cell, reason in grid.failures.items():
         print(f"failed: {cell}: {reason}")
     average = means(rows, models)
