@@ -24,7 +24,7 @@ if threshold == "0.3":
 if threshold == "0.4":
     raise TypeError("a bug")
 if threshold == "0.5":
-    time.sleep(60)  # until it is interrupted
+    time.sleep(600)  # until it is interrupted
 if threshold == "0.6":
     sys.exit(0)  # and leaves nothing
 others = place / "together"

@@ -30,7 +30,7 @@ from pahq.report.figures.curves import drawn
 from pahq.report.finished import FinishedRun, finished_run, group_names, run_names
 from pahq.report.progress import Watch
 from pahq.report.references import RANKINGS, other_run, reference_of, roc_of, truths_of
-from pahq.report.results import ResultFolder
+from pahq.report.results import COMMANDS, ResultFolder
 from pahq.report.tracking.event import Table
 from pahq.report.tracking.opening import open_tracker, result_files
 from pahq.report.tracking.settings import Tracking
@@ -40,7 +40,6 @@ from pahq.task.base import SPLITS
 Folder = str | PathLike[str]
 SPLIT_NAMES = (*SPLITS, "all")
 RULES = ("top", "greedy")
-JOBS = {"evaluation": "evaluate", "comparison": "compare"}
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ def _assess(
     how_tracked = {"always": False, "anew": folder is None or not folder.unfinished}
     with (
         nullcontext() if folder is None else folder.discarding(),
-        open_tracker(tracking, place, JOBS[kind], asdict(how), watch.say, **how_tracked) as tracker,
+        open_tracker(tracking, place, COMMANDS[kind], asdict(how), watch.say, **how_tracked) as tracker,
         closing(HeldOut(how.split, how.n, how.metric, how.device, model, task, watch, passes, kept, tracker)) as bench,
     ):
         tracker.started({"command": command, "config": asdict(how), "runs": [str(run.path) for run in runs]})

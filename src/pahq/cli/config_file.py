@@ -15,8 +15,6 @@ from pahq.files import naming, parse_yaml
 
 NESTED = ("task_options", "method_options")
 """Options that are objects in a file; on the command line each of their entries is a flag NAME=VALUE."""
-_EVALUATIONS = {"evaluation": "evaluate", "comparison": "compare"}
-"""Kinds of records beside runs' own, and the commands that make them."""
 _OBJECT = "object:"  # marks what was given as a Python object, see report.config
 
 
@@ -82,8 +80,13 @@ def read_config(path: Path, command: str = "discover", known: Container[str] = (
         content = json.loads(text) if path.suffix.lower() == ".json" else parse_yaml(text, path)
     except (ValueError, RecursionError) as error:
         raise PahqError(f"{path}: not valid {'JSON' if path.suffix.lower() == '.json' else 'text'} ({error})") from None
-    if isinstance(content, dict) and content.get("kind") in _EVALUATIONS and isinstance(content.get("options"), dict):
-        content = _evaluation(path, content, command, known)
+    from pahq.report.results import COMMANDS
+
+    made_by = COMMANDS.get(str(content.get("kind"))) if isinstance(content, dict) else None
+    if made_by is not None and isinstance(content.get("options"), dict):
+        if command != made_by:
+            raise PahqError(f"{path}: the record of pahq {made_by}; give it to that command")
+        content = _evaluation(path, content, known)
     elif isinstance(content, dict) and isinstance(content.get("config"), dict):
         content = content["config"]
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
@@ -91,9 +94,7 @@ def read_config(path: Path, command: str = "discover", known: Container[str] = (
     return content
 
 
-def _evaluation(path: Path, record: dict[str, Any], command: str, known: Container[str]) -> dict[str, Any]:
-    if command != _EVALUATIONS[record["kind"]]:
-        raise PahqError(f"{path}: the record of pahq {_EVALUATIONS[record['kind']]}; give it to that command")
+def _evaluation(path: Path, record: dict[str, Any], known: Container[str]) -> dict[str, Any]:
     runs = record.get("runs")
     if not isinstance(runs, list) or not all(isinstance(row, dict) and isinstance(row.get("run"), str) for row in runs):
         raise PahqError(f"{path}: its runs are missing; the file is damaged")

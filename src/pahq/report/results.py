@@ -16,6 +16,8 @@ from pahq.report.tables import Row, as_csv, as_json
 from pahq.report.tracking.jsonl import TRACES
 
 FORMAT = "pahq-evaluation-1"
+COMMANDS = {"evaluation": "evaluate", "comparison": "compare"}
+"""Kind of results, which ``KIND.json`` is called by -> the command that makes them."""
 Plot = tuple[Callable[[Any, Sequence[Row]], None], Sequence[Row]]
 """What fills a matplotlib Figure, and the rows it fills it from."""
 

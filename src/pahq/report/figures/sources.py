@@ -14,6 +14,7 @@ from pahq.errors import PahqError
 from pahq.files import read_json
 from pahq.report.finished import FinishedRun, finished_run, group_names, run_names
 from pahq.report.folder import RUN_FILE
+from pahq.report.results import COMMANDS
 from pahq.report.results import FORMAT as RESULTS
 from pahq.report.study import FORMAT as STUDY
 from pahq.report.tables import Row
@@ -21,7 +22,6 @@ from pahq.report.tables import Row
 Folder = str | PathLike[str]
 Folders = Folder | Sequence[Folder]
 """One folder or several."""
-RECORDS = ("comparison.json", "evaluation.json")
 NAMES = ("name", "group")
 """What results call their rows by."""
 
@@ -41,19 +41,19 @@ class Source:
         if self.kind == "study":
             return f"{self.path} is a study of pahq precision {self.record.get('study')}"
         if self.kind == "results":
-            command = "compare" if self.record.get("kind") == "comparison" else "evaluate"
-            return f"{self.path} holds what pahq {command} found"
+            return f"{self.path} holds what pahq {COMMANDS.get(self.record.get('kind', ''), 'evaluate')} found"
         return f"{self.path} is a run of pahq discover"
 
 
 def source(path: Folder) -> Source:
     """What lies in a folder; raises PahqError where it is nothing that a figure can be drawn from."""
     folder = Path(path)
-    for name in RECORDS:
-        if (folder / name).is_file():
-            record = read_json(folder / name)
+    for kind in COMMANDS:
+        file = folder / f"{kind}.json"
+        if file.is_file():
+            record = read_json(file)
             if record.get("format") != RESULTS:
-                raise PahqError(f"{folder / name}: not written by pahq evaluate or compare; check the path")
+                raise PahqError(f"{file}: not written by pahq evaluate or compare; check the path")
             return Source(folder, "results", record)
     if (folder / RUN_FILE).is_file():
         record = read_json(folder / RUN_FILE)
