@@ -149,7 +149,7 @@ def test_a_prefiltered_sweep(pahq: Pahq, files: Path, tmp_path: Path) -> None:
         (["--method", "eap", "--edges", "5", "--method-option", "stepz=1"], "method 'eap': option 'stepz' is unknown"),
         (["--method", "eap-ig", "--edges", "5", "--method-option", "steps=x"], "method 'eap-ig': option steps is 'x'"),
         (["--method", "eap-ig", "--edges", "5", "--method-option", "steps=0"], "steps 0: give a whole number"),
-        (["--method", "information-flow"], "edges: method information-flow sets no threshold of its own without its"),
+        (["--method", "information-flow"], "edges: method information-flow sets no threshold of its own without tau"),
         (["--method", "eap", "--edges", "99999"], "edges: 99999 lies outside 1 … "),
         (["--threshold", "0.1", "--edges", "5"], "edges: 5 goes with methods that score edges"),
         (["--threshold", "0.1", "--prefilter", "eap", "--keep", "2"], "keep: 2.0 is no share of the edges"),

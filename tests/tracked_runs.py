@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pahq.report.config import RunConfig
 from pahq.report.progress import Watch
 from pahq.report.tracking import tracker
 from pahq.report.tracking.settings import Tracking
+from pahq.report.tracking.wandb_sink import HEADER_BYTES
 from tiny import RandomTask, transformer
 
 CONFIG = RunConfig("object:Transformer", "object:random", 1e-5, metric="kl_div", n=4)
@@ -43,7 +45,13 @@ class Acting(Watch):
             self.act()
 
 
-def kill() -> None:
+def kill_when_written(out: Path) -> None:
+    """Kills the run once W&B has something of it on the disk, which takes it about a second."""
+    until = time.monotonic() + 60
+    while not any(file.stat().st_size > HEADER_BYTES for file in out.glob("wandb/*/run-*.wandb")):
+        if time.monotonic() > until:
+            raise TimeoutError("W&B wrote nothing")
+        time.sleep(0.05)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -84,7 +92,7 @@ def main(folder: Path) -> None:
     codes = {
         "untracked": [run(folder / "untracked", None, 0, None)],
         "resumed": [
-            run(folder / "resumed", kill, 35, tracking),
+            run(folder / "resumed", lambda: kill_when_written(folder / "resumed"), 35, tracking),
             run(folder / "resumed", interrupt, 4, None),  # as it began
             run(folder / "resumed", None, 0, None),
         ],

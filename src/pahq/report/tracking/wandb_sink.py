@@ -8,6 +8,7 @@ import os
 import secrets
 import shlex
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ class Wandb:
         where = None if folder is None or os.environ.get("WANDB_DIR") else str(folder.resolve())
         if where is not None and id is not None:
             _clear_empty(Path(where) / WANDB_FOLDER, id)
+            _await_another_second(Path(where) / WANDB_FOLDER, id)
         flushed: dict[str, Any] = {}
         if "x_transaction_log_flush_interval" in wandb.Settings.model_fields:  # no public setting, and may go
             flushed["x_transaction_log_flush_interval"] = 1.0  # seconds that a kill can cost, instead of 15
@@ -196,6 +198,12 @@ class Wandb:
         if not self._broken:
             self._broken = True
             self._say(f"note: W&B failed {how}")
+
+
+def _await_another_second(folder: Path, id: str) -> None:
+    """W&B names folders by second and run: a run taken up within the second would overwrite what it goes on from."""
+    while any(folder.glob(f"*run-{time.strftime('%Y%m%d_%H%M%S')}-{id}")):
+        time.sleep(0.05)
 
 
 def _clear_empty(folder: Path, id: str) -> None:
