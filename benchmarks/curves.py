@@ -24,6 +24,7 @@ from pahq.evaluation import faithfulness
 from pahq.evaluation.examples import Examples
 from pahq.files import read_json, write_atomic, write_json
 from pahq.model import Transformer, load_model
+from pahq.report.console import make_console
 from pahq.report.figures import chart
 from pahq.report.figures.style import looks, plain_ticks
 from pahq.report.finished import FinishedRun
@@ -47,7 +48,7 @@ COLUMNS = [
     Column("edges", "edges"),
     Column("recovered", "recovered", decimals(3)),
     Column("kl", "KL", number(3)),
-    Column("accuracy", "accuracy", lambda value: "–" if value is None else f"{value:.2f}"),
+    Column("accuracy", "accuracy", decimals(2)),
 ]
 
 
@@ -201,8 +202,6 @@ def draw(figure: Any, rows: list[Row], costs: list[Row]) -> None:
 
 
 def main() -> None:
-    from rich.console import Console
-
     given, facts = options(), header()
     grid = Grid(given.runs, watch_for() if given.verbose else Watch(), separate=not given.one_process)
     until = time.monotonic() + 60 * given.minutes
@@ -220,9 +219,7 @@ def main() -> None:
             some, cost = bench.points(model, method)
             rows += some
             costs += [] if cost is None else [cost]
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=120)
-    console.print(screen(rows, COLUMNS))
+    make_console().print(screen(rows, COLUMNS))
     for cost in costs:
         print(f"  {cost['task']} {cost['method']}: {cost['seconds']:.1f} s in {cost['runs']} runs, peak "
               f"{mebibytes(cost['bytes'])} MiB")  # fmt: skip

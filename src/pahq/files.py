@@ -70,8 +70,14 @@ def write_all(file: int, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """``write_atomic`` of readable JSON. Floats are written in full, so that they read back exactly."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomic(path, (text + "\n").encode())
+    write_atomic(path, encoded(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"))
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8. Lone surrogates, which a tokenizer may give, or a file name that is no text, have none: they are written
+    out with a backslash, as JSON has them.
+    """
+    return text.encode("utf-8", "backslashreplace")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -212,19 +212,13 @@ def _finish(
 
 
 def _show(console: Console, record: Row) -> None:
-    from pahq.report.tables import Column, decimals, mebibytes, number, screen
+    from pahq.report.tables import Column, decimals, known, mebibytes, number, screen
 
-    def size(value: int | None) -> str:
-        return "–" if value is None else mebibytes(value)
-
-    def share(value: float | None) -> str:
-        return "–" if value is None else f"{100 * value:.1f} %"
-
-    three, two, digits = decimals(3), decimals(2), number(3)
+    three, two, digits, share = decimals(3), decimals(2), number(3), known(lambda part: f"{100 * part:.1f} %")
     shows: dict[str, Callable[[Any], str]] = {"minutes": two, "share_of_acdc": two, "paper_share": two}
     shows |= {"ms_per_test": digits, "threshold": number(4), "test_kl": three, "ms_per_edge": three, "times_all": two}
     shows |= {"paper_times_all": two, "engine_minutes": two, "seconds": digits, "zero_effects": share}
-    shows |= dict.fromkeys(("weight_bytes", "host_bytes", "device_bytes"), size)
+    shows |= dict.fromkeys(("weight_bytes", "host_bytes", "device_bytes"), known(mebibytes))
     shows |= dict.fromkeys(("kept_of_fp32", "precision", "same_decisions"), share)
     shows |= {"rank_correlation": three, "paper_memory_share": two}
 

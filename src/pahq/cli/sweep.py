@@ -95,23 +95,17 @@ def _run(made: Plan, jobs: int, retry_failed: bool, quiet: bool, as_json: bool) 
 def _show(console: Console, record: Row) -> None:
     """All runs, then why some failed."""
     from pahq.report.progress import as_time
-    from pahq.report.tables import Column, decimals, screen
-
-    def time(seconds: float | None) -> str:
-        return "–" if seconds is None else as_time(seconds)
-
-    def count(edges: int | None) -> str:
-        return "–" if edges is None else f"{edges:,}"
+    from pahq.report.tables import Column, decimals, known, screen
 
     columns = [
         Column("run", "run", left=True),
         Column("state", "state", left=True),
-        Column("edges", "edges", count),
+        Column("edges", "edges", known("{:,}".format)),
         Column("metric_circuit", "metric", decimals(3)),
         Column("recovered", "recovered", decimals(2)),
         Column("recovered_test", "held out", decimals(2)),
         Column("accuracy_test", "accuracy", decimals(2)),
-        Column("total_seconds", "time", time),
+        Column("total_seconds", "time", known(as_time)),
     ]
     console.print(screen(record["runs"], columns))
     for row in record["runs"]:

@@ -12,6 +12,7 @@ from pahq.evaluation.circuit import Circuit
 from pahq.report import precision
 from pahq.report.console import make_console
 from pahq.report.progress import as_time
+from pahq.report.tables import decimals
 
 
 def show(circuit: Circuit, record: dict[str, Any], console: Console | None = None) -> None:
@@ -28,6 +29,9 @@ def summary(circuit: Circuit, record: dict[str, Any]) -> RenderableType:
     scored = "selection" in record["search"]
     work = _scoring(record) if scored else _work(record)
     parts: list[RenderableType] = [title, _size(circuit), _behaviour(circuit, config["metric"])]
+    if circuit.n_edges and not circuit.is_connected:
+        lower = "keep more edges" if scored else "take a lower threshold"
+        parts.append(Text(f"note: no path of kept edges leads from the embedding to the logits; {lower}"))
     parts += [*_prefilter(record, config["metric"]), work]
     return Group(*parts, *precision.screen(record), _largest(circuit, scored))
 
@@ -70,12 +74,8 @@ def _behaviour(circuit: Circuit, metric: str) -> RenderableType:
                 row = figures[name]
                 label = f"{split} ({figures['prompts']})" if name == "full" else ""
                 values = (row["metric"], row["accuracy"], row["logit_difference"])
-                table.add_row(label, name, *map(_decimal, values))
+                table.add_row(label, name, *map(decimals(4), values))
     return table
-
-
-def _decimal(value: float | None) -> str:
-    return "–" if value is None else f"{round(value, 4) + 0.0:.4f}"  # adding zero turns -0.0 into 0.0
 
 
 def _choice(record: dict[str, Any]) -> str:
@@ -112,7 +112,7 @@ def _prefilter(record: dict[str, Any], metric: str) -> list[RenderableType]:
     order = ", senders tested from the least score up" if facts["order_by_score"] else ""
     text = (
         f"prefilter {facts['method']}: {100 * facts['share_filtered']:.1f} % of the edges removed beforehand, "
-        f"{facts['edges_left']:,} left to sweep{order}; {metric} {_decimal(facts['metric'])}{faithful} before the "
+        f"{facts['edges_left']:,} left to sweep{order}; {metric} {decimals(4)(facts['metric'])}{faithful} before the "
         f"sweep; scored in {as_time(facts['seconds'])}"
     )
     return [Text("\n".join([text, *(f"note: {note}" for note in facts["notes"])]))]

@@ -12,6 +12,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from pahq.files import encoded
+
 Row = dict[str, Any]
 
 
@@ -41,6 +43,11 @@ def decimals(digits: int) -> Callable[[Any], str]:
         return f"{round(value, digits) + 0.0:.{digits}f}"  # adding zero turns -0.0 into 0.0
 
     return show
+
+
+def known(show: Callable[[Any], str]) -> Callable[[Any], str]:
+    """The same for values that may be missing."""
+    return lambda value: "–" if value is None else show(value)
 
 
 def percent(value: float) -> str:
@@ -77,7 +84,7 @@ def as_csv(rows: Sequence[Row]) -> bytes:
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return text.getvalue().encode()
+    return encoded(text.getvalue())
 
 
 def as_json(value: Any) -> Any:

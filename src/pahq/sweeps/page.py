@@ -14,6 +14,7 @@ from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
 
+from pahq.files import encoded
 from pahq.report.progress import as_time
 from pahq.report.tables import Row, decimals, mebibytes, number
 
@@ -104,7 +105,7 @@ def page(record: dict[str, Any], written: str) -> bytes:
 </body>
 </html>
 """
-    return text.encode("utf-8", "backslashreplace")  # a file name may hold what is no character
+    return encoded(text)
 
 
 def _part(name: str) -> str:

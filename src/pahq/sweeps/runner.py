@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pahq.errors import PahqError
-from pahq.files import explain, naming
+from pahq.files import encoded, explain, naming
 from pahq.inputs import timestamp
 from pahq.report.folder import RUN_FILE
 from pahq.sweeps.board import Board
@@ -78,7 +78,7 @@ class Runner:
             with naming(log), log.open("ab") as file:
                 start = file.tell()
                 gap = "\n" if start else ""  # an earlier process of this run wrote here
-                file.write(f"{gap}# {timestamp()}\n$ {run.command(self.folder.path)}\n".encode())
+                file.write(encoded(f"{gap}# {timestamp()}\n$ {run.command(self.folder.path)}\n"))
                 file.flush()
                 meter = Meter(self.folder.path / run.name, log, start)
                 process = self._process(run, file)

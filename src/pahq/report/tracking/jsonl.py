@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pahq.files import naming, write_all
+from pahq.files import encoded, naming, write_all
 from pahq.report.tracking.event import Event
 from pahq.report.tracking.settings import TRACKING_FILE, WANDB_FOLDER
 
@@ -39,7 +39,7 @@ class Jsonl:
             if self._file is None:
                 self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
                 os.ftruncate(self._file, _whole(self.path.read_bytes()))
-            write_all(self._file, line.encode())
+            write_all(self._file, encoded(line))
 
     def close(self, code: int) -> None:
         if self._file is not None:

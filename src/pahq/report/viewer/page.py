@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pahq.errors import PahqError
-from pahq.files import naming, write_atomic
+from pahq.files import encoded, naming, write_atomic
 
 FORMAT = "pahq-viewer-1"
 _OPEN, _CLOSE = '<script type="application/json" id="data">', "</script>"
@@ -26,8 +26,7 @@ def page(data: dict[str, Any]) -> bytes:
     before, mark, rest = template.partition(f"{_OPEN}{_CLOSE}")
     if not mark:
         raise PahqError("viewer: template.html has no place for data; install pahq anew, or run npm run build again")
-    # A lone surrogate, which a tokenizer may produce, has no UTF-8; written out with a backslash it is JSON all right.
-    return (before + _OPEN + escaped({"format": FORMAT, **data}) + _CLOSE + rest).encode("utf-8", "backslashreplace")
+    return encoded(before + _OPEN + escaped({"format": FORMAT, **data}) + _CLOSE + rest)
 
 
 def escaped(value: Any) -> str:
