@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -15,13 +16,17 @@ import pytest
 from pahq.engine.reference import ABLATIONS
 from pahq.errors import PahqError
 from pahq.evaluation.circuit import Circuit
-from pahq.files import write_atomic, write_json
+from pahq.files import read_json, write_atomic, write_json
 from pahq.graph import Graph
 from pahq.method.acdc import AcdcOptions, Decision, HeadOrder, SenderOrder
 from pahq.precision.policy import UnderTest, get_policy
 from pahq.report import journal
 from pahq.report.config import CHOICES, RunConfig
 from pahq.report.folder import LOCK_FILE, START_FILE, RunFolder
+from pahq.report.passes import PassesFile
+from pahq.report.tables import as_csv
+from pahq.report.tracking.event import Event
+from pahq.report.tracking.jsonl import Jsonl, read_events
 from tiny import transformer
 
 CONFIG = RunConfig("m", "t", 0.05, metric="kl_div")
@@ -179,6 +184,32 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypa
         write_atomic(file, b"new")
     assert json.loads(file.read_text()) == {"old": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["f.json"]
+
+
+def test_a_file_name_that_is_no_text_can_be_written_down(tmp_path: Path) -> None:
+    name = os.fsdecode(b"runs/\xff")
+    write_json(tmp_path / "f.json", {"run": name})
+    assert read_json(tmp_path / "f.json") == {"run": name}
+    events = Jsonl(tmp_path / "events.jsonl")
+    events.emit(Event("started", 0, "", {"command": name}))
+    events.close(0)
+    assert read_events(tmp_path / "events.jsonl")[0]["command"] == name
+    assert as_csv([{"run": name}]) == b"run\nruns/\\udcff\n"
+
+
+def test_a_write_that_takes_only_a_part_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr("os.write", lambda file, data: write(file, data[:3]))
+    with journal.Journal(tmp_path / "journal.jsonl", edge_name) as lines:
+        lines.append([decision(0)], {})
+    events = Jsonl(tmp_path / "events.jsonl")
+    events.emit(Event("started", 0, "", {"a": 1}))
+    events.close(0)
+    passes = PassesFile(tmp_path / "passes.jsonl")
+    passes.of({}, 1).save(np.ones((2, 2), dtype=bool), {"kl": np.array([0.5])})
+    passes.close()
+    for file in tmp_path.iterdir():
+        assert all(json.loads(line) for line in file.read_text().splitlines()), file
 
 
 def test_configuration_goes_through_json_and_names_differences() -> None:
