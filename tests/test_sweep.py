@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,8 @@ def test_killed_it_leaves_no_process_and_goes_on_to_the_same_circuit(files: Path
     journal = out / name / "journal.jsonl"
     parent = start_here(files, out)
     until(lambda: journal.exists() and journal.read_bytes().count(b'"order"') >= 100, "no decisions")
+    (row,) = preview(plan(grid(files, 1e-5, models=str(files / "large")), out))
+    assert row["state"] == "running"  # told while its process holds the folder
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
     assert states(json.loads((out / "sweep.json").read_text())) == {name: "running"}
@@ -173,7 +176,9 @@ def test_killed_it_leaves_no_process_and_goes_on_to_the_same_circuit(files: Path
     assert files_of[0].read_bytes() == files_of[1].read_bytes()
 
 
-def test_failures_are_told_and_tried_again_only_when_asked(files: Path, fakes: Path, tmp_path: Path) -> None:
+def test_failures_are_told_and_tried_again_only_when_asked(
+    files: Path, fakes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said, out = Said(), tmp_path / "out"
     made = plan(grid(files, 0.2, 0.3, 0.4, 0.6, 0.1), out)
     record = run_sweep(made, 1, False, said, "x")
@@ -196,6 +201,8 @@ def test_failures_are_told_and_tried_again_only_when_asked(files: Path, fakes: P
         assert [row["reason"] for row in again["runs"]] == reasons
         assert len(list(fakes.glob("*.began"))) == tried
     assert [row["state"] for row in preview(made, True)] == ["waiting"] * 4 + ["done"]
+    monkeypatch.chdir(tmp_path)  # the same folder by another path
+    assert [row["state"] for row in preview(replace(made, out=Path("out")))] == ["failed"] * 4 + ["done"]
 
 
 def test_jobs_run_at_the_same_time_and_share_the_cores(

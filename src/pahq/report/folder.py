@@ -24,16 +24,16 @@ FORMAT = "pahq-run-1"
 class RunFolder:
     """An open run folder, held by this process alone until ``close`` (or the process's end).
 
-    A finished run is only read, so its folder is neither locked nor written to.
+    A finished run is only read, so its folder is neither locked nor written to; nor is any without ``hold``.
 
     Raises PahqError where the folder cannot be made or written, belongs to something else, or is
     being written by another process.
     """
 
-    def __init__(self, path: str | os.PathLike[str], create: bool = True) -> None:
+    def __init__(self, path: str | os.PathLike[str], create: bool = True, hold: bool = True) -> None:
         self.path = Path(path)
         with naming(self.path):
-            if create:
+            if create and hold:
                 self.path.mkdir(parents=True, exist_ok=True)
             found = sorted(entry.name for entry in self.path.iterdir())
         ours = START_FILE in found
@@ -44,7 +44,7 @@ class RunFolder:
             what = f"it holds '{strangers[0]}', but no {START_FILE}" if strangers else f"it has no {START_FILE}"
             raise PahqError(f"{self.path}: not the folder of a run ({what}); choose a new or empty folder")
         self._lock: int | None = None
-        if self.finished:
+        if self.finished or not hold:
             return
         with naming(self.path):
             self._lock = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -167,32 +167,30 @@ def recorded(path: Path) -> dict[str, Any] | None:
     return record
 
 
-def state_of(run: Run, out: Path, told: Row | None, retry_failed: bool) -> Row:
+def state_of(run: Run, out: Path, told: Row | None, retry_failed: bool, hold: bool = True) -> Row:
     """A run's row as its folder, and what was told of it before (None: nothing), have it.
 
-    Raises PahqError for a folder that holds another run.
+    hold: False to look on while a sweep may be at work. Raises PahqError for a folder that holds another run, and with
+    ``hold`` for one that a process is writing.
     """
     row = row_of(run, out)
     folder = out / run.name
     if folder.exists():
-        with RunFolder(folder) as there:
+        with RunFolder(folder, hold=hold) as there:
             there.check(run.config)
             there.check_policy(run.config.policy, get_policy(run.config.policy, run.config.under_test).to_dict())
             if there.finished:
                 return row | {"state": "done"} | figures_of(folder)
-    if (
-        told is not None
-        and told.get("state") == "failed"
-        and told.get("command") == row["command"]
-        and not retry_failed
-    ):
+    if told is not None and told.get("state") == "failed" and _same(told, row) and not retry_failed:
         return row | {name: told.get(name) for name in ("state", "reason", "started", "finished")}
+    if not hold and told is not None and told.get("state") == "running":
+        return row | {"state": "running", "started": told.get("started")}
     return row | {"state": "interrupted" if (folder / START_FILE).exists() else "waiting"}
 
 
 def _same(told: Row, row: Row) -> bool:
     """Whether two rows are about a run of the same options, wherever it lies."""
-    return str(told.get("command")).partition(" --out ")[0] == row["command"].partition(" --out ")[0]
+    return str(told.get("command")).rpartition(" --out ")[0] == row["command"].rpartition(" --out ")[0]
 
 
 def row_of(run: Run, out: Path) -> Row:

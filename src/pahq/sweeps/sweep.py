@@ -96,10 +96,13 @@ def run_sweep(made: Plan, jobs: int, retry_failed: bool, watch: Watch, command: 
 
 
 def preview(made: Plan, retry_failed: bool = False) -> list[Row]:
-    """The runs' rows as they stand; nothing is run. Raises PahqError for a folder that holds another run."""
+    """The runs' rows as they stand; nothing is run or touched, so that a sweep may be at work there.
+
+    Raises PahqError for a folder that holds another run.
+    """
     record = recorded(made.out) or {}
     told = {row["run"]: row for row in record.get("runs", [])}
-    return [state_of(run, made.out, told.get(run.name), retry_failed) for run in made.runs]
+    return [state_of(run, made.out, told.get(run.name), retry_failed, hold=False) for run in made.runs]
 
 
 def _before(rows: Mapping[str, Row], runner: Runner, out: Path) -> str:
