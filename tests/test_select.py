@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pahq.errors import PahqError
+from pahq.evaluation.circuit import Circuit
 from pahq.graph import Graph
 from pahq.method.base import Scores
 from pahq.method.select import above, beyond, closed, connected, greedy, ranked, select, top
@@ -128,6 +129,7 @@ def test_connected_edges_lie_on_a_path(name: str) -> None:
         mask = graph.edges & (np.random.default_rng(seed).random(graph.shape) < share)
         found = connected(graph, mask)
         assert np.array_equal(found, paths(graph, mask))
+        assert Circuit(graph, mask, np.zeros(graph.shape), np.zeros(graph.shape, int)).is_connected == found.any()
         assert np.array_equal(connected(graph, found), found)
         assert np.array_equal(closed(graph, mask)[:, : graph.direct], mask[:, : graph.direct])
     assert np.array_equal(connected(graph, graph.edges), graph.edges)

@@ -14,6 +14,7 @@ import safetensors.numpy
 from pahq.errors import PahqError
 from pahq.files import naming, read_json, write_atomic, write_json
 from pahq.graph import Graph
+from pahq.graph.nodes import Sender
 from pahq.model.config import ModelConfig
 
 FORMAT = "pahq-circuit-1"
@@ -73,6 +74,20 @@ class Circuit:
     @property
     def n_tested(self) -> int:
         return int((self.order >= 0).sum())
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether a path leads from an embedding to the logits; if none does, the corrupted run's output comes out."""
+        graph, kept = self.graph, self.mask[:, : self.graph.direct]
+        reached = np.zeros(graph.direct, dtype=bool)
+        reached[: 1 + graph.split_pos] = True
+        for row, receiver in enumerate(graph.receivers[:-1]):
+            through = self.mask[row, graph.direct] or not graph.edges[row, graph.direct]
+            if through and (kept[row] & reached).any():
+                heads = graph.heads_of(receiver) if receiver.is_attention else []
+                fed = [Sender("head", receiver.layer, head) for head in heads] or [Sender("mlp", receiver.layer)]
+                reached[[graph.sender_index[sender] for sender in fed]] = True
+        return bool((kept[-1] & reached).any())
 
     def edges(self) -> list[Edge]:
         """The kept edges, from the output back to the input in the order in which they were tested."""
