@@ -157,12 +157,25 @@ def test_second_kind_of_tokenizer(tmp_path: Path) -> None:
     assert prompts.clean.shape == (1, 4)
 
 
+def test_wrong_answers_may_be_left_out(tmp_path: Path) -> None:
+    row = {name: value for name, value in pair().items() if name != "wrong_answers"}
+    prompts = get_task(jsonl(tmp_path, [row])).prompts(toy_model(byte_level()), 1, split="all")
+    assert (prompts.answers >= 0).any()
+    assert not (prompts.wrong >= 0).any()
+
+
+def test_a_file_of_another_ending_is_told_of_its_ending(tmp_path: Path) -> None:
+    path = Path(jsonl(tmp_path, [pair()])).rename(tmp_path / "pairs.txt")
+    with pytest.raises(PahqError, match=r"pairs\.txt: its name ends in '\.txt'; let it end in one of \.jsonl, "):
+        get_task(str(path))
+
+
 BAD_LINES: list[tuple[list[Any], str]] = [
     ([pair(), "", pair(1)], "line 2 is empty"),
     ([pair(), '{"clean": '], "line 2: broken JSON"),
     (["[1]"], "line 1 is no object"),
     ([pair(), {"clean": "a", "answers": ["b"]}], "line 2 has no 'corrupt'"),
-    ([{k: v for k, v in pair().items() if k != "wrong_answers"}], "line 1 has no 'wrong_answers'"),
+    ([{k: v for k, v in pair().items() if k != "answers"}], "line 1 has no 'answers'; a row needs clean, corrupt and"),
     ([pair(answers=[])], "line 1 has no answers"),
     ([pair(answers=[1.5])], r"line 1: 'answers' holds 1\.5"),
     ([pair(answers=[True])], "line 1: 'answers' holds True"),

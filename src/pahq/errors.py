@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class PahqError(Exception):
     """Bad input or an impossible request. The command line prints it as one line and exits with code 2.
@@ -11,3 +14,10 @@ class PahqError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(str(message).split()))
+
+
+def choices(name: object, known: Iterable[str], word: str = "known:") -> str:
+    """The mend for a name that is unknown: the one that was probably meant, or all of them after ``word``."""
+    known = list(known)
+    near = get_close_matches(str(name), known, n=1)
+    return f"did you mean '{near[0]}'?" if near else f"{word} {', '.join(known)}"

@@ -311,10 +311,20 @@ def main() -> None:
 
 
 def _usage(error: Any, as_json: bool) -> int:
-    message = error.format_message().rstrip(".")
+    message = error.format_message()
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "pahq"
     if not message or type(error).__name__ == "NoArgsIsHelpError":
         print(message)
         return codes.DONE
+    message = _conversion(error, message.rstrip("."))
     return fail(f"{message} (see '{path} --help')", codes.REFUSED, as_json)
+
+
+def _conversion(error: Any, message: str) -> str:
+    """A value of the wrong type is named: typer's own message says only what it should have been."""
+    errors = getattr(error.__cause__, "errors", None)
+    found = re.fullmatch(r"(Invalid value for .*?): Input should be (an? [\w ]+).*", message)
+    if errors is None or found is None:
+        return message
+    return f"{found[1]}: {str(errors()[0]['input'])!r} is not {found[2]}"

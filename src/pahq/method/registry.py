@@ -8,7 +8,7 @@ from importlib import import_module
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
-from pahq.errors import PahqError
+from pahq.errors import PahqError, choices
 
 if TYPE_CHECKING:
     from pahq.method.base import Problem, Scores, Work
@@ -130,5 +130,5 @@ SCORING = tuple(name for name, method in METHODS.items() if method.scores_edges)
 def get_method(name: str) -> Method:
     """The method of that name; raises PahqError if there is none."""
     if name not in METHODS:
-        raise PahqError(f"method: '{name}' is unknown; known: {', '.join(METHODS)}")
+        raise PahqError(f"method: '{name}' is unknown; {choices(name, METHODS)}")
     return METHODS[name]

@@ -97,7 +97,9 @@ def download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[*PATTERNS, *VOCABULARIES]))
     except HFValidationError:
-        raise PahqError(f"model '{name}': not a valid hub id; write 'owner/name'") from None
+        raise PahqError(
+            f"model '{name}': there is no such folder, and a hub id has the form 'owner/name'; check the path"
+        ) from None
     except RepositoryNotFoundError:
         raise PahqError(f"model '{name}': the hub has no such model, or it needs a login; check the name") from None
     except Exception as error:  # every network layer has its own exceptions

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from pahq.errors import PahqError
+from pahq.errors import PahqError, choices
 from pahq.files import read_json
 from pahq.precision.formats import Format, get_format, require
 
@@ -168,8 +168,8 @@ def _find(spec: str) -> Policy:
         quantised: Any = kind if colon else "differences"
         return Policy(spec, _table(spec, rest if colon else spec), quantised)
     raise PahqError(
-        f"policy '{spec}' is unknown; choose one of {', '.join(POLICIES)}, a .json file, "
-        "or a table such as attention=e4m3,mlp=bf16"
+        f"policy '{spec}' is unknown; {choices(spec, POLICIES, 'choose one of')} "
+        "(or give a .json file, or a table such as attention=e4m3,mlp=bf16)"
     )
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from pahq.errors import PahqError
+from pahq.errors import PahqError, choices
 from pahq.method.registry import METHODS, RULES, SCORING, get_method
 
 CHOICES = {
@@ -98,7 +98,7 @@ class RunConfig:
         for option, allowed in CHOICES.items():
             value = getattr(self, option)
             if value not in allowed and not (option in ("under_test", "select", "prefilter") and value is None):
-                raise PahqError(f"{option}: '{value}' is unknown; known: {', '.join(allowed)}")
+                raise PahqError(f"{option}: '{value}' is unknown; {choices(value, allowed)}")
         for option, value, known in (
             ("exact", self.exact, (bool, type(None))),
             ("absolute", self.absolute, (bool, type(None))),
@@ -150,13 +150,13 @@ class RunConfig:
 
     def _check_sweep(self) -> None:
         """The same for ACDC."""
-        if self.threshold is None:
-            raise PahqError("threshold: method acdc needs one; give one such as 0.05")
         for option in ("edges", "select"):
             if getattr(self, option) is not None:
                 raise PahqError(
                     f"{option}: {getattr(self, option)!r} goes with methods that score edges; leave it out with acdc"
                 )
+        if self.threshold is None:
+            raise PahqError("threshold: method acdc needs one; give one such as 0.05")
         if self.prefilter is None:
             for option in ("keep", "order_by_score", "method_options"):
                 if getattr(self, option):

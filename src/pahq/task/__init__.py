@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pahq.errors import PahqError
+from pahq.errors import PahqError, choices
 from pahq.task.base import SPLITS, Task
 from pahq.task.custom import FileTask
 from pahq.task.docstring import Docstring
@@ -55,8 +54,10 @@ def get_task(name_or_path: str | Path, **options: Any) -> Task:
             raise PahqError(f"task file {name}: there is no such file; check the path")
         cls, arguments = FileTask, {"path": path, **options}
     else:
-        near = get_close_matches(name, _BUILT_IN, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(_BUILT_IN)}"
+        if path.is_file():
+            ending = f"ends in '{path.suffix}'" if path.suffix else "has no ending"
+            raise PahqError(f"task file {name}: its name {ending}; let it end in one of {', '.join(SUFFIXES)}")
+        hint = choices(name, _BUILT_IN, "choose one of")
         raise PahqError(f"task '{name}' is unknown; {hint} (or give a file: {', '.join(SUFFIXES)})")
     known = {field.name: type(field.default) for field in fields(cls) if field.init and field.name != "path"}
     for option, value in options.items():

@@ -23,7 +23,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "answers": ("answers", "correct_idx"),
     "wrong_answers": ("wrong_answers", "incorrect_idx"),
 }
-"""What a row needs, and the names under which it is found."""
+"""What a row has, and the names under which it is found. Metrics that need wrong answers refuse prompts without."""
 SIDES = ("answers", "wrong_answers")
 LABEL = "label"
 """In place of answers, in tables of greater-than prompts: the two digits that end the prompt's year."""
@@ -147,8 +147,11 @@ def _row(path: Path, where: str, fields: Any) -> Row:
         if labelled and column in SIDES:
             continue
         name = next((name for name in names if name in fields), None)
+        if name is None and column == "wrong_answers":
+            found[column] = []
+            continue
         if name is None:
-            raise PahqError(f"{path}: {where} has no '{column}'; a row needs {', '.join(COLUMNS)}")
+            raise PahqError(f"{path}: {where} has no '{column}'; a row needs clean, corrupt and answers")
         found[column] = fields[name]
     for column in ("clean", "corrupt"):
         if not isinstance(found[column], str) or not found[column]:

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pahq.errors import PahqError
+from pahq.errors import PahqError, choices
 from pahq.task.prompts import Prompts
 
 
@@ -231,7 +231,8 @@ def metric_class(name: str) -> type[Metric]:
     """The class of a metric's name; ``l2:0,2`` restricts l2 to some output dimensions. PahqError if unknown."""
     base, colon, dims = name.partition(":")
     if base not in METRICS or (colon and base != "l2"):
-        raise PahqError(f"metric '{name}' is unknown; choose one of {', '.join(METRICS)} (l2:0 for output 0 alone)")
+        known = choices(base, METRICS, "choose one of")
+        raise PahqError(f"metric '{name}' is unknown; {known} (l2:0 for output 0 alone)")
     if not colon:
         return METRICS[base]
     try:
