@@ -106,3 +106,15 @@ def test_import_is_light() -> None:
     code = "import sys, pahq.cli.tasks; print([m for m in ('torch', 'transformers', 'rich.table') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+def test_a_short_file_is_shown_whole(toy: Transformer, tmp_path: Path) -> None:
+    """Who asks for no number is not refused for one."""
+    names = ("Mary", "John", "Anna", "Paul", "Kate", "Mark", "Emma")
+    row = {"corrupt": " Rose and Luke,", "answers": [" Jane"], "wrong_answers": [" Frank"]}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"clean": f" {name} and Luke,"} | row) + "\n" for name in names))
+    for split, count in (("train", 3), ("validation", 2), ("test", 2), ("all", 5)):
+        assert len(json.loads(run("show", str(path), "--split", split, "--json"))["prompts"]) == count
+    with pytest.raises(PahqError, match=r"3 examples asked for, .* has 2 .*; ask for at most 2 \(n\) or add rows"):
+        run("show", str(path), "--n", "3")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MEASURED = 50
 """Examples over which ``show`` measures the model, where the task has so many."""
 ANSWERS_SHOWN = 6
+SHOWN = 5
 
 tasks_app = typer.Typer(help="List the tasks, or show one as a model sees it.", no_args_is_help=False)
 
@@ -64,7 +65,7 @@ def show(
         str | None,
         typer.Option(help="Embedded name, hub id, folder or .gguf file (default: a circuit's own, or smollm2-135m)."),
     ] = None,
-    n: Annotated[int, typer.Option("--n", help="Prompts to print.")] = 5,
+    n: Annotated[int | None, typer.Option("--n", help="Prompts to print (default: 5, or a short file's all).")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
     split: Annotated[str, typer.Option(help="train, validation, test or all.")] = "validation",
     pad: Annotated[bool, typer.Option("--pad", help="Allow prompts of unequal length (files only).")] = False,
@@ -83,11 +84,14 @@ def show(
     from pahq.evaluation.truth.base import OWN, load_truth
     from pahq.inputs import task_of
     from pahq.model import load_model
+    from pahq.task.custom import FileTask
 
     options: dict[str, Any] = {option: True for option, on in (("pad", pad), ("prepend_bos", bos)) if on}
     task = task_of(name, task_options(task_option or []) | options)
     model = model or (name if name.startswith(OWN) else "smollm2-135m")
     loaded = load_truth(model).model() if model.startswith(OWN) else load_model(model)
+    if n is None:
+        n = min(SHOWN, max(task.available(split), 1)) if isinstance(task, FileTask) else SHOWN
     prompts = _as_many_as(task, loaded, n, seed, split)
     report = _measure(task, loaded, prompts) | {"split": split, "seed": seed}
     shown = [_pair(loaded.tokenizer, prompts, row) for row in range(n)]

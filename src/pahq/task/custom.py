@@ -41,6 +41,10 @@ class FileTask(Task):
         if all(row.year is not None for row in self.rows):
             self.default_metric, self.summed = "greaterthan", True
 
+    def available(self, split: str) -> int:
+        """How many rows the split has, whatever the seed."""
+        return sum(share(position, split) for position in range(len(self.rows)))
+
     def prompts(self, model: Transformer, n: int, seed: int = 0, split: str = "validation") -> Prompts:
         check_request(self.name, n, split)
         tokens = Tokens(model, self.name, self.prepend_bos)
@@ -56,7 +60,7 @@ class FileTask(Task):
             whole = "" if split == "all" else f" ({len(SPLITS)} splits share {len(order)} rows)"
             raise PahqError(
                 f"{self.path}: {n} examples asked for, but split '{split}' has {len(chosen)}{whole}; "
-                f"ask for fewer{'' if split == 'all' else ', add rows, or take split all'}"
+                f"{f'ask for at most {len(chosen)} (n) or ' if chosen else ''}add rows"
             )
         encoded = [
             self._encode(tokens, row) for row in self._answered(tokens)
