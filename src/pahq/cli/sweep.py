@@ -124,7 +124,7 @@ def _preview(made: Plan, retry_failed: bool, quiet: bool, as_json: bool) -> None
 
     def show(console: Console) -> None:
         console.print(screen(rows, [Column("run", "run", left=True), Column("state", "state", left=True)]))
-        console.print(f"{len(rows):,} runs: {_counts(counts)}; {made.out}")
+        console.print(f"{len(rows):,} {'run' if len(rows) == 1 else 'runs'}: {_counts(counts)}; {made.out}")
 
     tell({"out": str(made.out), "counts": counts, "runs": rows}, show, quiet=quiet, as_json=as_json)
 
