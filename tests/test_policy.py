@@ -103,7 +103,8 @@ def test_under_test() -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("pahk", ["'pahk'", "choose one of fp32, bf16"]),
+        ("pahk", ["'pahk'", "did you mean 'pahq'?"]),
+        ("quick", ["'quick'", "choose one of fp32, bf16"]),
         ("attention=fp9", ["'fp9'", "choose one of", "e4m3"]),
         ("attn=e4m3", ["'attn'", "known: q, k, v"]),
         ("attention=", ["COMPONENT=FORMAT"]),

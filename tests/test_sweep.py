@@ -150,6 +150,9 @@ def start_here(files: Path, out: Path) -> int:
         os._exit(0)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:os.fork:RuntimeWarning"
+)  # JAX's, if other tests brought it; the child has no use for it
 @pytest.mark.usefixtures("own_cache")
 def test_killed_it_leaves_no_process_and_goes_on_to_the_same_circuit(files: Path, tmp_path: Path) -> None:
     out, name = tmp_path / "out", "prompts_large_1e-05_kl_div"

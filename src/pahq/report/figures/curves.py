@@ -179,7 +179,11 @@ def draw_cost(figure: Any, rows: Sequence[Row]) -> None:
         axes.bar_label(bars, texts, padding=2, fontsize=SMALL)
         longest = max(map(len, texts)) * 0.62 * SMALL / 72 / (0.27 * figure.get_figwidth())  # of a panel
         axes.set(xlabel=title, xlim=(0, max(values) / max(1 - longest, 0.3) or 1))
-        axes.set_xticks([tick for tick in MaxNLocator(3).tick_values(0, max(values)) if 0 <= tick <= max(values)])
+        for most in (3, 2, 1):  # as many numbers as there is room for
+            ticks = [tick for tick in MaxNLocator(most).tick_values(0, max(values)) if 0 <= tick <= max(values)]
+            if sum(len(numeral(tick)) + 1.5 for tick in ticks) * 0.62 * SMALL / 72 < 0.27 * figure.get_figwidth():
+                break
+        axes.set_xticks(ticks)
         axes.xaxis.set_major_formatter(lambda value, _: numeral(value))
         axes.set_yticks(range(len(rows)), names)
         axes.tick_params(axis="y", length=0)

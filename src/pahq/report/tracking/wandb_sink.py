@@ -22,6 +22,8 @@ from pahq.report.tracking.settings import WANDB_FOLDER, Tracking
 PROJECT = "pahq"
 HEADER_BYTES = 7
 """Size of a ``.wandb`` file without any record."""
+UNWRITTEN = 3.0
+"""Seconds without a record after which nobody is writing such a file."""
 PATIENCE = 30.0
 """Seconds that the server may take to answer when a run begins."""
 UPLOAD_PATIENCE = 120.0
@@ -207,8 +209,13 @@ def _await_another_second(folder: Path, id: str) -> None:
 
 
 def _clear_empty(folder: Path, id: str) -> None:
-    """Takes away what a process left that was killed before W&B wrote anything: ``wandb sync`` stumbles over it."""
+    """Takes away what a process left that was killed before W&B wrote anything: ``wandb sync`` stumbles over it.
+
+    A run that has just ended may be written still, by W&B's own process: it is given some time.
+    """
     for file in folder.glob(f"*run-*-{id}/run-{id}.wandb"):
+        while file.stat().st_size <= HEADER_BYTES and time.time() - file.stat().st_mtime < UNWRITTEN:
+            time.sleep(0.1)
         if file.stat().st_size <= HEADER_BYTES:
             shutil.rmtree(file.parent, ignore_errors=True)
 
