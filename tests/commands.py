@@ -62,6 +62,20 @@ def small_files(folder: Path) -> Path:
     return folder
 
 
+def two_runs(folder: Path) -> Path:
+    """The folder, with ``small_files`` and their runs ``loose`` and ``tight``: logit_diff at 0.1 and 0.01."""
+    import pahq
+    from pahq.report import machine
+
+    small_files(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "gemm_peak", lambda *_: 1e11)
+        for name, threshold in (("loose", 0.1), ("tight", 0.01)):
+            model, prompts = str(folder / "model"), str(folder / "prompts.jsonl")
+            pahq.discover(model, prompts, threshold, metric="logit_diff", n=3, out=folder / name)
+    return folder
+
+
 def options(files: Path, **more: object) -> list[object]:
     """Options of ``pahq discover`` on these files, as words; an underscore in a name stands for a hyphen."""
     given = {"model": files / "model", "task": files / "prompts.jsonl", "n": 4} | more

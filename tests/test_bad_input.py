@@ -19,18 +19,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import commands
 import gguf_files
 from commands import Pahq
-from pahq.report import machine
 from tiny import save_model, save_prompts
 
 
 @pytest.fixture
-def pahq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> Pahq:
+def pahq(pahq: Pahq, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> Pahq:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(machine, "gemm_peak", lambda *_: 1e11)
-    return commands.make(capsys, monkeypatch)
+    return pahq
 
 
 @pytest.fixture(scope="module")

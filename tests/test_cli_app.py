@@ -14,18 +14,6 @@ import pytest
 import commands
 from commands import Pahq
 from pahq.cli.options import task_options
-from pahq.report import machine
-
-
-@pytest.fixture
-def pahq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Pahq:
-    monkeypatch.setattr(machine, "gemm_peak", lambda *_: 1e11)
-    return commands.make(capsys, monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return commands.small_files(tmp_path_factory.mktemp("files"))
 
 
 def options(files: Path, **more: object) -> list[object]:

@@ -15,18 +15,6 @@ import commands
 from commands import Pahq
 from pahq.cli import codes
 from pahq.method.registry import METHODS as METHOD_NAMES
-from pahq.report import machine
-
-
-@pytest.fixture
-def pahq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Pahq:
-    monkeypatch.setattr(machine, "gemm_peak", lambda *_: 1e11)
-    return commands.make(capsys, monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return commands.small_files(tmp_path_factory.mktemp("files"))
 
 
 def config_of(run: Path) -> dict[str, object]:

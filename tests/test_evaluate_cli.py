@@ -31,31 +31,15 @@ from pahq.report.figures import curves
 from pahq.report.finished import finished_run, group_names, run_names
 from pahq.task import get_task
 from pahq.task.prompts import Prompts
-from tiny import RandomTask, save_model, save_prompts, transformer
+from tiny import RandomTask, transformer
 
 FEW = ["--bootstrap", 20, "--knockouts", 2, "--removals", 3, "--random-circuits", 2]
-
-
-@pytest.fixture
-def pahq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Pahq:
-    return commands.make(capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two ACDC runs, and one of scores, on a tiny model."""
-    folder = tmp_path_factory.mktemp("runs")
-    save_model(folder / "model", layers=2, heads=2)
-    save_prompts(folder / "prompts.jsonl")
-    for name, threshold in (("loose", 0.1), ("tight", 0.01)):
-        package.discover(
-            model=str(folder / "model"),
-            task=str(folder / "prompts.jsonl"),
-            threshold=threshold,
-            metric="logit_diff",
-            n=3,
-            out=folder / name,
-        )
+    folder = commands.two_runs(tmp_path_factory.mktemp("runs"))
     scored_run(folder / "tight", folder / "scored")
     return folder
 

@@ -17,35 +17,21 @@ import numpy as np
 import pytest
 
 import commands
-import pahq as package
 from commands import Pahq
 from pahq.evaluation.examples import Examples
 from pahq.files import naming, write_json
 from pahq.report import machine, results
 from pahq.report.passes import PassesFile
-from tiny import save_model, save_prompts
+from tiny import save_model
 
 FEW = ["--bootstrap", 20, "--knockouts", 4, "--removals", 6, "--random-circuits", 3, "--n", 6]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture
-def pahq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Pahq:
-    return commands.make(capsys, monkeypatch)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, prompts, and runs of two thresholds."""
-    folder = tmp_path_factory.mktemp("runs")
-    save_model(folder / "model", layers=2, heads=2)
-    save_prompts(folder / "prompts.jsonl")
-    given = {"model": str(folder / "model"), "task": str(folder / "prompts.jsonl"), "metric": "logit_diff", "n": 3}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machine, "gemm_peak", lambda *_: 1e11)
-        for name, threshold in (("loose", 0.1), ("tight", 0.01)):
-            package.discover(threshold=threshold, out=folder / name, **given)  # pyright: ignore[reportArgumentType]
-    return folder
+    return commands.two_runs(tmp_path_factory.mktemp("runs"))
 
 
 def figures(folder: Path) -> dict[str, Any]:

@@ -52,11 +52,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return figure_files.make(tmp_path_factory.mktemp("figures"))
 
 
-@pytest.fixture
-def pahq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Pahq:
-    return commands.make(capsys, monkeypatch)
-
-
 def of(files: Path, kind: str, **options: Any) -> figures.Chart:
     return figures.plot(kind, [files / name for name in KINDS[kind]], **options)
 

@@ -14,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import commands
 import golden
 import toys
 from commands import Pahq
@@ -24,11 +23,6 @@ from pahq.graph import Graph
 from pahq.model import ModelConfig
 from pahq.report.interchange import FORMATS, convert, read_circuit, write_circuit
 from pahq.report.interchange.links import fold, unfold
-
-
-@pytest.fixture
-def pahq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Pahq:
-    return commands.make(capsys, monkeypatch)
 
 
 @st.composite

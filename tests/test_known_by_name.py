@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import commands
 import pahq as package
 from commands import Pahq
 from pahq.cli.truth import command_of
@@ -23,11 +22,6 @@ from tiny import save_model
 
 NAME = "trained-sum"
 WORDS = ("--model", NAME, "--task", NAME, "--metric", "kl_div", "-n", 8)
-
-
-@pytest.fixture
-def pahq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Pahq:
-    return commands.make(capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -104,12 +104,6 @@ def leaves(command: Any = ROOT, words: str = "") -> dict[str, Any]:
     return found
 
 
-@pytest.fixture
-def pahq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Pahq:
-    monkeypatch.setattr(machine, "gemm_peak", lambda *_: 1e11)
-    return commands.make(capsys, monkeypatch)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, prompts, and two runs."""

@@ -14,24 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-import commands
 from commands import Pahq, options
 from pahq.cli.options import method_options
 from pahq.evaluation.circuit import Circuit
 from pahq.method.registry import METHODS, SCORING
-from pahq.report import machine
 from scored_runs import QUICK
-
-
-@pytest.fixture
-def pahq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Pahq:
-    monkeypatch.setattr(machine, "gemm_peak", lambda *_: 1e11)
-    return commands.make(capsys, monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return commands.small_files(tmp_path_factory.mktemp("files"))
 
 
 def of_method(given: dict[str, Any]) -> list[object]:

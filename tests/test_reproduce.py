@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import commands
 from commands import Pahq
 from pahq.errors import PahqError
 from pahq.evaluation.circuit import Circuit
@@ -28,11 +27,6 @@ from pahq.reproduction.tables import table_runtime
 from tiny import save_model, save_prompts
 
 OFFLINE = ["--offline", "--quick", "--n", 6, "-q", "--json"]
-
-
-@pytest.fixture
-def pahq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Pahq:
-    return commands.make(capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -35,11 +35,6 @@ HERE = Path(__file__).parent
 FAKE = (sys.executable, str(HERE / "fake_jobs.py"))
 
 
-@pytest.fixture
-def pahq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Pahq:
-    return commands.make(capsys, monkeypatch)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = commands.small_files(tmp_path_factory.mktemp("files"))

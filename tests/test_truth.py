@@ -19,8 +19,6 @@ from pahq.evaluation.truth.canonical import ATTN_ONLY_4L, GPT2_SMALL
 from pahq.graph import Graph
 from pahq.model.config import ModelConfig
 
-pahq = pytest.fixture(commands.make)
-
 COUNTS = {"ioi-gpt2": (963, 78), "greaterthan-gpt2": (235, 27), "docstring-attn-only-4l": (24, 13)}
 
 

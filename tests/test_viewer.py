@@ -34,15 +34,10 @@ from pahq.report.viewer.page import escaped, page, read_page
 from pahq.task.prompts import Prompts, last_position
 from pahq.viewing import VIEWER_FILE
 from scored_runs import config
-from tiny import RandomTask, save_model, save_prompts, transformer
+from tiny import RandomTask, transformer
 
 NASTY = '</script><img src=x onerror="document.title=1"><!-- & \u2028\u2029 ]]> <script>'
 SOURCES = Path(__file__).parent.parent / "viewer"
-
-
-@pytest.fixture
-def pahq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Pahq:
-    return commands.make(capsys, monkeypatch)
 
 
 def swept(graph: Graph, seed: int = 0) -> Circuit:
@@ -280,19 +275,7 @@ def test_committed_page_is_what_its_sources_build() -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    save_model(folder / "model", layers=2, heads=2)
-    save_prompts(folder / "prompts.jsonl")
-    for name, threshold in (("loose", 0.1), ("tight", 0.01)):
-        package.discover(
-            str(folder / "model"),
-            str(folder / "prompts.jsonl"),
-            threshold,
-            metric="logit_diff",
-            n=3,
-            out=folder / name,
-        )
-    return folder
+    return commands.two_runs(tmp_path_factory.mktemp("runs"))
 
 
 def data_of(path: Path) -> dict[str, Any]:
