@@ -92,6 +92,7 @@ class Page:
         driver.get_log("browser")  # what other pages left there
         driver.get(path.as_uri())
         until(lambda: self.js("return !!window.viewer"))
+        self.drawn()
 
     def js(self, script: str, *values: Any) -> Any:
         return self.driver.execute_script(script, *values)
@@ -108,8 +109,19 @@ class Page:
             self.js(f"return viewer.cy.edges('.sent.{status}').filter(e => e.visible()).map(e => e.data('name'))")
         )
 
+    def drawn(self) -> None:
+        """Waits for the frame in which the page draws what was just asked of it.
+
+        The page prunes in the next frame, and Cytoscape says what is visible as of its last one; this callback is
+        asked for later than either, and so comes after them.
+        """
+        self.driver.execute_async_script(
+            "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(done))"
+        )
+
     def click(self, name: str) -> None:
         self.js("document.getElementById(arguments[0]).click()", name)
+        self.drawn()
 
     def type(self, name: str, value: Any) -> None:
         self.js(
@@ -118,17 +130,16 @@ class Page:
             name,
             str(value),
         )
-        # the page prunes in the next frame; this callback was asked for later, and so comes after it
-        self.driver.execute_async_script(
-            "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(done))"
-        )
+        self.drawn()
 
     def key(self, key: str) -> None:
         self.js("document.body.dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0], bubbles: true}))", key)
+        self.drawn()
 
     def tap(self, node: str) -> None:
         label = node.removeprefix("a")
         self.js("viewer.cy.nodes().filter(n => n.data('label') === arguments[0])[0].emit('tap')", label)
+        self.drawn()
 
     def errors(self) -> list[Any]:
         return self.driver.get_log("browser")
@@ -310,7 +321,7 @@ def test_a_circuit_fills_its_box_in_letters_that_can_be_read(
     frame = page.js("return outerHeight - innerHeight")
     for width in (1280, 1000, 1280):
         browser.set_window_size(width, 800 + frame)
-        page.js("document.getElementById('fit').click()")
+        page.click("fit")
         shown = page.js("return viewer.cy.elements().filter(e => e.visible()).renderedBoundingBox()")
         box = page.js("const b = document.getElementById('graph'); return [b.clientWidth, b.clientHeight]")
         assert 0 <= shown["x1"] <= shown["x2"] <= box[0]
