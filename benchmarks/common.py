@@ -18,8 +18,8 @@ from pahq.report.machine import commit, describe, gemm_peak, versions
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that all benchmarks share."""
-    made = argparse.ArgumentParser(description=description)
+    """The options that all benchmarks share; a description is shown with its own lines."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=Path, help="write the figures to this JSON file")
     return made
 

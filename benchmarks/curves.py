@@ -54,7 +54,6 @@ COLUMNS = [
 
 def options() -> argparse.Namespace:
     made = parser(__doc__)
-    made.formatter_class = argparse.RawDescriptionHelpFormatter
     made.add_argument("--model", default="smollm2-135m")
     made.add_argument("--tasks", default=TASKS, help="(default %(default)s)")
     made.add_argument("--methods", default=METHODS, help="(default %(default)s)")

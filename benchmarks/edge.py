@@ -39,7 +39,6 @@ COLUMNS = [
 
 def options() -> argparse.Namespace:
     made = parser(__doc__)
-    made.formatter_class = argparse.RawDescriptionHelpFormatter
     made.add_argument("--model", default="smollm2-135m", help="(default %(default)s)")
     made.add_argument("--task", default="ioi", help="(default %(default)s)")
     made.add_argument("--truth", help="a known circuit's model and prompts instead")

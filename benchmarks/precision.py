@@ -295,7 +295,6 @@ def targets(figures: dict[str, float]) -> None:
 
 def options() -> argparse.Namespace:
     made = parser(__doc__)
-    made.formatter_class = argparse.RawDescriptionHelpFormatter
     made.add_argument("--model", default="smollm2-135m", help="a name or path (default smollm2-135m)")
     made.add_argument("--tasks", default="ioi", help="names or files, with commas (default ioi; the figures are its)")
     made.add_argument("--n", type=int, default=16, help="prompts of timed sweeps (default 16)")

@@ -185,7 +185,6 @@ def show(rows: list[Row]) -> None:
 
 def options() -> argparse.Namespace:
     made = parser(__doc__)
-    made.formatter_class = argparse.RawDescriptionHelpFormatter
     trained = ",".join(name for name in truth_names() if name.startswith("trained-"))
     made.add_argument("--truths", default=trained, help="known circuits by name (default: all trained models)")
     made.add_argument("--methods", default=",".join(REASONS), help="(default %(default)s)")

@@ -102,7 +102,6 @@ def threaded(given: argparse.Namespace) -> tuple[dict[str, float], dict[str, Any
 
 def options() -> argparse.Namespace:
     made = parser(__doc__)
-    made.formatter_class = argparse.RawDescriptionHelpFormatter
     made.add_argument("--sizes", default="gpt2,1b,8b", help="any of gpt2,1b,8b")
     made.add_argument("--edges", type=int, default=50, help="edges sampled, spread over all heads (default 50)")
     made.add_argument("--repeats", type=int, default=3, help="rounds over all variants, on a GPU (default 3)")

@@ -50,7 +50,6 @@ COLUMNS = [
 
 def options() -> argparse.Namespace:
     made = parser(__doc__)
-    made.formatter_class = argparse.RawDescriptionHelpFormatter
     made.add_argument("--quick", action="store_true", help="the first trained model, few prompts and thresholds")
     made.add_argument("--truths", help="known circuits by name, commas between (default: all that have a model)")
     made.add_argument("--methods", default=",".join(ROWS), help="rows of the table (default: all)")

@@ -83,9 +83,9 @@ class Engine:
         self._since_rebase = [0, 0]  # states evaluated, and how many of them in full as well
         self._now: Evaluated | None = None
         self._chain_base: ChainBase | None = None
-        self._lag = Lag(self.state.twin())
+        self._lag = Lag(self.state.twin(), gather(self.state.clean.final, prompts.read))
         self._drift = 0  # edges removed since the base's values were FP32's
-        self._set_base(gather(self.state.clean.final, prompts.read), select=True)
+        self._set_base(self._lag.final, select=True)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
@@ -202,11 +202,10 @@ class Engine:
             return
         lag, now = self._lag, self._now
         assert now is not None
-        base = self._final_of(lag)
         finals = []
         for state in states:
             _, final, index = lag.fine[state] if state >= 0 else (None, None, 0)
-            finals.append(base if final is None or index < final[0] else final[1][index - final[0]])
+            finals.append(lag.final if final is None or index < final[0] else final[1][index - final[0]])
         read = self.vocabulary.read(torch.stack(finals), full=full)
         metrics = self.metric(read).cpu().numpy()
         self._check(metrics, now.rows.batch.take([max(state, 0) for state in states]))
@@ -265,12 +264,9 @@ class Engine:
         """Puts FP32's values in the place of the base's, which drifted from them."""
         self._catch_up(marks)
         self.state.become(self._lag.state)
-        self._set_base(self._final_of(self._lag), select=False)
+        self._set_base(self._lag.final, select=False)
         self._now, self._drift = None, 0
         self._lag.forget_batch()
-
-    def _final_of(self, lag: Lag) -> Tensor:
-        return gather(lag.state.clean.final, self.prompts.read) if lag.final is None else lag.final
 
     def _follow(self, batch: Batch, state: int) -> None:
         """Moves the FP32 state along, or notes what it is behind by."""
@@ -349,7 +345,7 @@ class Engine:
         self.screening, self._since_rebase = self.vocabulary.screen is not None, [0, 0]
         final = self.spans.at_read(Rebase(self.state, self.parts.plain, marks).run())
         self._set_base(final, select=True)
-        self._lag = Lag(self._lag.state, final=final)
+        self._lag = Lag(self._lag.state, final)
         self._lag.state.become(self.state)
         self._drift = 0
 

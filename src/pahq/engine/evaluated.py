@@ -31,14 +31,14 @@ class Evaluated:
 class Lag:
     """The FP32 state under a policy that quantises differences, which follows the base only when it is asked for.
 
-    edges: those removed from the base since. final: its final residual stream at the read positions (None: the clean
-    one). fine: states of the batch evaluated from it, with their place in the pass; metrics: (state, full) -> metric
-    and slack, as ``Engine.refine`` gives them.
+    final: its final residual stream at the read positions. edges: those removed from the base since. fine: states of
+    the batch evaluated from it, with their place in the pass; metrics: (state, full) -> metric and slack, as
+    ``Engine.refine`` gives them.
     """
 
     state: State
+    final: Tensor
     edges: list[tuple[int, int]] = field(default_factory=list)
-    final: Tensor | None = None
     fine: dict[int, tuple[BatchPass, Final, int]] = field(default_factory=dict)
     metrics: dict[tuple[int, bool], tuple[float, float]] = field(default_factory=dict)
 

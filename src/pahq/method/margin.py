@@ -43,11 +43,11 @@ class Margin:
 
     def ready(self, kind: str) -> bool:
         """Whether it may be relied on for receivers of a kind."""
-        return self.lacks(kind) <= 0
+        return not self.lacks(kind)
 
     def lacks(self, kind: str) -> int:
         """Effects that have to be measured both ways yet, at least, before it may be relied on for a kind."""
-        return min(ENOUGH - self._differed[kind], ENOUGH_EXACT - self._seen[kind])
+        return max(0, min(ENOUGH - self._differed[kind], ENOUGH_EXACT - self._seen[kind]))
 
     def observe(self, kind: str, error: float, moved: float, metric: float) -> None:
         """Takes in |low-precision effect - FP32 effect| of a state that lies ``moved`` from its parent.

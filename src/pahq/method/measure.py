@@ -51,7 +51,7 @@ class Measurer:
 
     def lacks(self, kind: str) -> int:
         """Edges into a kind of receiver that are measured in FP32 as well whatever they come to; 0: no more of them."""
-        return max(0, self.margin.lacks(kind)) if self.exact else 0
+        return self.margin.lacks(kind) if self.exact else 0
 
     def measure(
         self, metrics: np.ndarray, slack: np.ndarray, guesses: list[bool], kinds: list[str], order: int
