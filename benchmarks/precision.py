@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,8 @@ SLOW = "rtn"
 
 Its effects are multiples of e4m3's steps, and so hardly depend on the threshold.
 """
+PARTS = ("facts", "timings", "noise", "decisions", "auc", "rtn", "agreement")
+"""What can be measured, in the order in which it is wanted if time is short."""
 DECIDED = (0.01, 0.001)
 """Thresholds at which the targets ask for pahq's decisions."""
 TARGETS: dict[str, tuple[str, float]] = {
@@ -60,7 +62,7 @@ TARGETS: dict[str, tuple[str, float]] = {
 
 
 class TaskRun:
-    """All that is measured on one task, in the order in which it is wanted if time is short."""
+    """All that is measured on one task."""
 
     def __init__(self, runner: Runner, task: str) -> None:
         self.runner, self.task, self.given = runner, task, runner.given
@@ -71,15 +73,20 @@ class TaskRun:
     def run(self) -> None:
         print(f"\n{self.task}", flush=True)
         self.runner.start_task()
-        self._facts()
-        self._timings()
-        self._noise()
-        self._decisions(("pahq exact", "pahq"), DECIDED)
-        self._curves()
-        self._rtn()
-        self._decisions([row for row in ROWS if row != "fp32"], [self.given.reference])
-        if self.given.full:
-            self._decisions([row for row in ROWS if row != "fp32"], DECIDED)
+        others = [row for row in ROWS if row != "fp32"]
+        parts: dict[str, Callable[[], None]] = {
+            "facts": self._facts,
+            "timings": self._timings,
+            "noise": self._noise,
+            "decisions": lambda: self._decisions(("pahq exact", "pahq"), DECIDED),
+            "auc": self._curves,
+            "rtn": self._rtn,
+            "agreement": lambda: self._decisions(others, [self.given.reference]),
+            "full": lambda: self._decisions(others, DECIDED),
+        }
+        for name, measure in parts.items():
+            if name in self.given.parts:
+                measure()
         self._agreement_figures()
 
     def sweep(self, row: str, threshold: float, n: int, check: bool = False) -> Answer | None:
@@ -305,6 +312,7 @@ def options() -> argparse.Namespace:
     made.add_argument("--auc", default="fp32,pahq,pahq-values,rtn", help="rows that get an AUC")
     made.add_argument("--repeats", type=int, default=3, help="draws of prompts that are timed (default 3)")
     made.add_argument("--sample", type=int, default=60, help="tests on which FP32's noise is measured (default 60)")
+    made.add_argument("--parts", default=",".join(PARTS), help="what to measure (default %(default)s)")
     made.add_argument("--full", action="store_true", help="agreement of every row at 0.01 and 0.001 too (long)")
     made.add_argument("--quick", action="store_true", help="4 prompts, one repeat, three thresholds")
     made.add_argument("--minutes", type=float, default=60.0, help="of each task, no sweep is begun later (default 60)")
@@ -319,6 +327,10 @@ def options() -> argparse.Namespace:
         given.thresholds = sorted({float(threshold) for threshold in given.thresholds.split(",")})
     except ValueError:
         made.error(f"--thresholds '{given.thresholds}': give numbers with commas, for example 0.1,0.05")
+    given.parts = [*given.parts.split(","), *(["full"] if given.full else [])]
+    for part in given.parts:
+        if part not in (*PARTS, "full"):
+            made.error(f"--parts '{part}' is no part of this benchmark; choose from {', '.join(PARTS)}")
     given.auc = given.auc.split(",")
     for row in given.auc:
         if row not in ROWS:
