@@ -47,8 +47,9 @@ def sums(change: Tensor, tip: Tensor, spine: Sequence[bool]) -> Tensor:
     """The inverse of ``deltas``, in place in change [S, …]."""
     of = parents(spine)
     if change.device.type == "cpu" and (change[0].numel() >= LOOP_ELEMENTS or len(of) == 1):
-        for state, parent in enumerate(of):
-            change[state] += tip if parent < 0 else change[parent]
+        rows = change.unbind()
+        for row, parent in zip(rows, of, strict=True):
+            row.add_(tip if parent < 0 else rows[parent])
         return change
     leaves = [state for state, on_spine in enumerate(spine) if not on_spine]
     if not leaves:

@@ -18,7 +18,7 @@ from pahq.engine.rebase import Rebase
 from pahq.engine.setup import Arithmetics, setup
 from pahq.engine.spans import gather
 from pahq.engine.state import Key
-from pahq.engine.vocabulary import ChainBase, Chained, VocabularyReadout
+from pahq.engine.vocabulary import ChainBase, Chained, Products, VocabularyReadout
 from pahq.errors import PahqError
 from pahq.graph import Graph
 from pahq.model.transformer import Transformer
@@ -264,7 +264,9 @@ class Engine:
         """Puts FP32's values in the place of the base's, which drifted from them."""
         self._catch_up(marks)
         self.state.become(self._lag.state)
-        self._set_base(self._lag.final, select=False)
+        self._start_chain(self._lag.final)
+        if self.base_slack > self.tolerance:
+            self._set_base(self._base_final, select=False)
         self._now, self._drift = None, 0
         self._lag.forget_batch()
 
@@ -289,15 +291,23 @@ class Engine:
             screen, carried = self.vocabulary.screen, ()
             if screen is not None and read is not None and state == one.rows.likely:
                 carried = read.carried(screen.columns)
-            self._chain_base = ChainBase(self._base_final, self.model, carried)
-            read, at = self.vocabulary.read_base(self._base, full=not self.screening), 0
-            self.base_metric, self.base_slack = float(self.metric(read)[0]), float(read.slack[0])
+            read, at = self._start_chain(self._base_final, carried), 0
         slack = 0.0 if read is None else float(read.slack[at])
         if slack > self.tolerance:  # also where the metric is known in full: the anchor shall follow
             already = not self.base_slack
             total = self._set_base(self._base_final, select=False)
             if not already and total is not None:
                 self._observe(read, at, total)
+
+    def _start_chain(self, final: Tensor, carried: Products = ()) -> VocabularyReadout:
+        """Measures a base state as the states that are chained to it will be, over the likely tokens where that is so.
+
+        final: its residual stream [B, P, d] at the read positions; carried: see ``ChainBase``.
+        """
+        self._base_final, self._chain_base = final, ChainBase(final, self.model, carried)
+        read = self.vocabulary.read_base(self._chain_base, full=not self.screening)
+        self.base_metric, self.base_slack = float(self.metric(read)[0]), float(read.slack[0])
+        return read
 
     def _set_base(self, final: Tensor, select: bool) -> Tensor | None:
         """Measures a base state in full from its final residual stream [B, P, d] at the read positions.

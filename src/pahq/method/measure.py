@@ -19,6 +19,8 @@ ROUGH = 0.5
 
 Slack is many times the error to be expected, which so stays within a few hundredths.
 """
+ROUGH_KEPT = 0.1
+"""The same of an edge that surely stays, whose effect low precision measured."""
 AUDIT = 256
 """Every so many tests one is measured in FP32 as well, however clear its decision."""
 
@@ -133,15 +135,19 @@ class Measurer:
     def _sharpen(self) -> None:
         """Has the states summed in full on which a decision within its slack of the threshold would rest.
 
-        Also those of edges that stay, and those whose slack would make the recorded effect rough; all as far as
-        guesses hold.
+        Also those whose slack would make the recorded effect rough, and all of edges that stay; but where low precision
+        limits how exact an effect is in any case, no more of these than that. As far as guesses hold.
         """
         low: set[int] = set()
         fine: set[int] = set()
         for state, parent in enumerate(self._parents):
             before, after, doubt = self._pair(state)
-            rough = doubt > ROUGH * max(abs(after - before), abs(self.threshold))
-            if doubt and (rough or self._over(state) >= -doubt):
+            over, size = self._over(state), max(abs(after - before), abs(self.threshold))
+            if self.engine.policy.differences and over > doubt:
+                wanted = doubt > ROUGH_KEPT * size
+            else:
+                wanted = over >= -doubt or doubt > ROUGH * size
+            if doubt and wanted:
                 (fine if state in self._fine else low).update((state, parent))
             if self._ends(state, doubt):
                 break

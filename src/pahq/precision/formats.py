@@ -93,7 +93,8 @@ def quantise(x: Tensor, fmt: Format) -> Rounded:
         scale = row_scale(x, fmt)
         x = x * scale.reciprocal()
     if fmt.storage == torch.int8:
-        return Rounded((x if fmt.scaled else x.clone()).round_().clamp_(-127.0, 127.0).to(torch.int8), scale)
+        # scaled, nothing lies beyond 127
+        return Rounded((x.round_() if fmt.scaled else x.round().clamp_(-127.0, 127.0)).to(torch.int8), scale)
     # Clamped by hand: whether a cast saturates or overflows depends on the version of torch.
     beyond = None if fmt.saturates else x.abs() > 464.0  # halfway between 448 and the next step rounds back to 448
     values = x.clamp(-fmt.largest, fmt.largest).to(fmt.storage)
@@ -105,13 +106,13 @@ def quantise(x: Tensor, fmt: Format) -> Rounded:
 def row_scale(x: Tensor, fmt: Format) -> Tensor:
     """The scale [..., n, 1] of each row of x [..., n, k]: what a value of 1 in ``fmt`` stands for."""
     assert fmt.largest is not None
-    largest = x.abs().amax(-1, keepdim=True)
+    largest = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))  # without a copy as x.abs() makes
     wanted = largest.clamp(min=TINY) / fmt.largest
     if fmt.storage != torch.int8:
         # wanted = m * 2^exponent with 1/2 <= m < 1: the least power of two that is not below it
         mantissa, exponent = torch.frexp(wanted)
         wanted = torch.ldexp(torch.ones_like(wanted), exponent - (mantissa == 0.5).int())
-    return torch.where(torch.isfinite(largest), wanted, float("nan"))
+    return wanted + (largest - largest)  # NaN where it is infinite or NaN
 
 
 def dequantise(rounded: Rounded, fmt: Format) -> Tensor:
