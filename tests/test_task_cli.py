@@ -87,6 +87,7 @@ def test_show_a_short_file(toy: Transformer, tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
     out = run("show", str(path), "--n", "2", "--split", "all", "--pad")
     assert "on 2 examples" in out
+    assert "on 1 example of" in run("show", str(path), "--n", "1", "--split", "all", "--pad")
     with pytest.raises(PahqError, match="line 3 has 3 tokens"):
         run("show", str(path), "--n", "2", "--split", "all")
 

@@ -211,6 +211,8 @@ def test_bad_rows_for_a_tokenizer(tmp_path: Path, model: Transformer, row: dict[
         task.prompts(model, 3, split="all")
     with pytest.raises(PahqError, match=message):  # also where that row is not drawn
         task.prompts(model, 1, split="test")
+    with pytest.raises(PahqError, match=message):  # and before more rows are asked for
+        task.prompts(model, 30)
 
 
 @pytest.mark.parametrize(

@@ -300,7 +300,7 @@ def main() -> None:
     except Interrupted as error:
         code = fail(str(error), codes.INTERRUPTED, manner.as_json)
     except (KeyboardInterrupt, typer.Abort):
-        code = fail("interrupted", codes.INTERRUPTED, manner.as_json)
+        code = fail("interrupted; run the same command again", codes.INTERRUPTED, manner.as_json)
     except Exception as error:
         if not isinstance(error, _ClickException):
             if manner.as_json:

@@ -158,9 +158,10 @@ def _print(console: Console, report: dict[str, Any], shown: list[dict[str, Any]]
         if pair["wrong_answers"]:
             answers += f", not {_few(pair['wrong_answers'])}"
         console.print(answers)
+    examples = "example" if report["examples"] == 1 else "examples"
     console.print()
     console.print(
-        f"{report['model']} on {report['examples']} examples of split {report['split']} (seed {report['seed']}), "
+        f"{report['model']} on {report['examples']} {examples} of split {report['split']} (seed {report['seed']}), "
         f"{report['tokens']} tokens each:",
     )
     for side in ("clean", "corrupt"):

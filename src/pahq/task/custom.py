@@ -56,15 +56,14 @@ class FileTask(Task):
         if split != "all":
             random.Random(f"rows {seed}").shuffle(order)
         chosen = [index for position, index in enumerate(order) if share(position, split)]
+        # Every row, so that no fault depends on the seed; and first, so that more rows are not asked for in vain.
+        encoded = [self._encode(tokens, row) for row in self._answered(tokens)]
         if len(chosen) < n:
             whole = "" if split == "all" else f" ({len(SPLITS)} splits share {len(order)} rows)"
             raise PahqError(
                 f"{self.path}: {n} examples asked for, but split '{split}' has {len(chosen)}{whole}; "
                 f"{f'ask for at most {len(chosen)} (n) or ' if chosen else ''}add rows"
             )
-        encoded = [
-            self._encode(tokens, row) for row in self._answered(tokens)
-        ]  # all of them, so that no fault depends on the seed
         if not self.pad:
             first = len(encoded[0][0])
             for row, (clean, *_) in zip(self.rows, encoded, strict=True):
