@@ -44,6 +44,7 @@ Its effects are multiples of e4m3's steps, and so hardly depend on the threshold
 """
 PARTS = ("facts", "timings", "noise", "decisions", "auc", "rtn", "agreement")
 """What can be measured, in the order in which it is wanted if time is short."""
+AUC_FIGURES = {"fp32": "auc_fp32", "pahq-values": "auc_values", "pahq": "auc_plain", "rtn": "auc_rtn"}
 DECIDED = (0.01, 0.001)
 """Thresholds at which the targets ask for pahq's decisions."""
 TARGETS: dict[str, tuple[str, float]] = {
@@ -233,9 +234,9 @@ class TaskRun:
         for row, some in points.items():
             if some:
                 self.rows[row] |= {"auc": auc(some.values()), "pessimistic_auc": pessimistic_auc(some.values())}
-        for row, name in (("pahq-values", "auc_values"), ("pahq", "auc_plain"), ("rtn", "auc_rtn")):
+        for row, name in AUC_FIGURES.items():
             if "auc" in self.rows[row]:
-                self.figures[name] = self.rows[row]["auc"]
+                self.figures |= {name: self.rows[row]["auc"], f"{name}_pessimistic": self.rows[row]["pessimistic_auc"]}
 
     def _rtn(self) -> None:
         """Why rounding everything fails."""
