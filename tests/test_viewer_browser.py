@@ -333,6 +333,23 @@ def test_a_circuit_fills_its_box_in_letters_that_can_be_read(
     browser.set_window_size(1280, 800)
 
 
+def test_heads_alone_in_their_layers_stand_apart(browser: Any, tmp_path: Path) -> None:
+    graph, chosen = toys.graph(3, heads=4, groups=2), ["0.0", "1.1", "2.3"]
+    mask = np.zeros(graph.shape, dtype=bool)
+    for head in chosen:
+        mask[graph.edge(f"embed->a{head}.q")] = mask[graph.edge(f"a{head}->logits")] = True
+    mask[graph.edge("embed->a2.1.v")] = True
+    effects, order = np.where(mask, 1.0, np.nan), np.where(mask, 0, -1)
+    write_page(tmp_path / "lanes.html", page_data(Circuit(graph, mask, effects, order), record(), None))
+    page = Page(browser, tmp_path / "lanes.html")
+    page.click("unused")  # checked on a page of so small a model
+    at = "return viewer.cy.nodes(arguments[0]).filter(n => n.visible()).map(n => [n.data('label'), n.position('x')])"
+    x = dict(page.js(at, ".head"))
+    assert x["0.0"] < x["1.1"] < x["2.3"]
+    below = {place for _, place in page.js(at, ".group")}
+    assert below == set(x.values())  # of each group's two heads one is drawn
+
+
 def test_zoom_theme_and_keys(browser: Any, pages: Path) -> None:
     page = Page(browser, pages / "plain.html")
     zoom = page.js("return viewer.cy.zoom()")

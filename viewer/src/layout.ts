@@ -5,6 +5,7 @@ export interface Point { x: number; y: number }
 export interface Laid { places: Map<number, Point>; layers: Map<number, number>; zoom: number; row: number }
 const STEP = 46, ROW = 50; // least distances between heads, and between layers
 const STRETCH = 6; // how many times as far they may be
+const LANES = 5; // columns of heads, if there are heads enough for them
 const NEAR = 1.3; // small circuits get room rather than huge nodes
 const LEFT = 110, RIGHT = 30, ENDS = 44; // for the names of layers, half an MLP, and half of the logits and the embedding
 
@@ -18,25 +19,42 @@ export function layout(nodes: NodeFacts[], used: Set<number>, compact: boolean, 
   nodes.forEach((node, at) => {
     if (used.has(at) || !compact) layers.set(node.layer, [...(layers.get(node.layer) ?? []), at]);
   });
+  const last = (kind?: string) => Math.max(0, ...nodes.filter((node) => node.kind === kind).map((node) => node.index));
   const rows = [...layers.keys()].sort((a, b) => a - b);
   const of = (row: number, ...kinds: string[]) => (layers.get(row) ?? []).filter((at) => kinds.includes(nodes[at]!.kind));
-  const widest = Math.max(1, ...rows.map((row) => of(row, "head").length));
+  const heads = nodes.filter((node, at) => node.kind === "head" && (used.has(at) || !compact));
+  const widest = Math.max(Math.min(LANES, new Set(heads.map((node) => node.index)).size), ...rows.map((row) => of(row, "head").length), 1);
   const steps = widest - 1 + Math.max(1, 64 / STEP), gaps = Math.max(1, rows.length - 1);
   const zoom = Math.min(NEAR, box.width / (steps * STEP + LEFT + RIGHT), box.height / (gaps * ROW + ENDS));
   const step = Math.max(STEP, Math.min(STRETCH * STEP, (box.width / zoom - LEFT - RIGHT) / Math.max(steps, widest)));
   const height = Math.max(ROW, Math.min(STRETCH * ROW, (box.height / zoom - ENDS) / gaps));
   const side = ((widest - 1) / 2) * step + Math.max(64, step);
   rows.forEach((row, level) => {
-    const y = -level * height, heads = of(row, "head"), groups = of(row, "group");
+    const y = -level * height, beside = of(row, "head"), groups = of(row, "group");
     heights.set(row, y);
-    const line = (items: number[], at: number, apart: number) =>
-      items.forEach((item, place) => places.set(item, { x: (place - (items.length - 1) / 2) * apart, y: at }));
-    line(heads, y, step);
-    line(groups, y + height * 0.46, groups.length ? step * Math.max(1, heads.length / groups.length) : step);
-    line(of(row, "embed", "pos_embed", "logits"), y, Math.max(100, step));
+    const line = (items: number[], apart: number) =>
+      items.forEach((item, place) => places.set(item, { x: (place - (items.length - 1) / 2) * apart, y }));
+    lanes(beside.map((at) => nodes[at]!.index), last("head"), widest).forEach((lane, place) =>
+      places.set(beside[place]!, { x: (lane - (widest - 1) / 2) * step, y }));
+    const share = (last("head") + 1) / (last("group") + 1); // heads that one group feeds
+    for (const at of groups) {
+      const fed = beside.filter((head) => Math.floor(nodes[head]!.index / share) === nodes[at]!.index);
+      places.set(at, { x: fed.reduce((sum, head) => sum + places.get(head)!.x, 0) / Math.max(1, fed.length), y: y + height * 0.46 });
+    }
+    line(of(row, "embed", "pos_embed", "logits"), Math.max(100, step));
     for (const at of of(row, "mlp")) places.set(at, { x: side, y: y - height * 0.4 });
   });
   return { places, layers: heights, zoom, row: height };
+}
+
+/**
+ * Which of `count` lanes the nodes with these rising indices (of 0 to `last`) stand in: left or right as in a whole
+ * layer, each in its own, so that heads alone in their layers do not all stand in one column with their edges.
+ */
+export function lanes(indices: number[], last: number, count: number): number[] {
+  const found: number[] = [];
+  for (const index of indices) found.push(Math.max(Math.round((index / Math.max(1, last)) * (count - 1)), (found.at(-1) ?? -1) + 1));
+  return found.map((lane, place) => Math.min(lane, count - found.length + place));
 }
 
 /** How far an edge's middle is bent aside: edges up one column would lie on top of each other. row: between layers. */
