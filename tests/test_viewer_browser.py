@@ -350,6 +350,29 @@ def test_heads_alone_in_their_layers_stand_apart(browser: Any, tmp_path: Path) -
     assert below == set(x.values())  # of each group's two heads one is drawn
 
 
+def test_edges_go_round_nodes(browser: Any, tmp_path: Path) -> None:
+    """The straight line from head 0.0 to the logits runs through head 2.1 here, as if into it and out of it."""
+    graph = toys.graph(3, heads=4)
+    mask = np.zeros(graph.shape, dtype=bool)
+    for name in ("embed->a0.0.q", "a0.0->logits", "embed->a2.1.q", "a2.1->logits", "embed->a1.3.q", "a1.3->logits"):
+        mask[graph.edge(name)] = True
+    effects, order = np.where(mask, 1.0, np.nan), np.where(mask, 0, -1)
+    write_page(tmp_path / "round.html", page_data(Circuit(graph, mask, effects, order), record(), None))
+    page = Page(browser, tmp_path / "round.html")
+    sender, middle, receiver, head, width = page.js(
+        "const e = viewer.cy.edges('.sent').filter(e => e.data('name') === 'a0.0->logits')[0];"
+        "const h = viewer.cy.nodes('.head').filter(n => n.data('label') === '2.1')[0];"
+        "const at = p => [p.x, p.y];"
+        "return [at(e.source().position()), at(e.controlPoints()[0]), at(e.target().position()), at(h.position()),"
+        " h.width()]"
+    )
+    t = np.linspace(0, 1, 201)[:, None]
+    curve = (1 - t) ** 2 * np.array(sender) + 2 * t * (1 - t) * np.array(middle) + t**2 * np.array(receiver)
+    chord = (1 - t) * np.array(sender) + t * np.array(receiver)
+    assert np.hypot(*(chord - head).T).min() < width / 2
+    assert np.hypot(*(curve - head).T).min() > width / 2
+
+
 def test_zoom_theme_and_keys(browser: Any, pages: Path) -> None:
     page = Page(browser, pages / "plain.html")
     zoom = page.js("return viewer.cy.zoom()")

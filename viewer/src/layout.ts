@@ -6,6 +6,7 @@ export interface Laid { places: Map<number, Point>; layers: Map<number, number>;
 const STEP = 46, ROW = 50; // least distances between heads, and between layers
 const STRETCH = 6; // how many times as far they may be
 const LANES = 5; // columns of heads, if there are heads enough for them
+const FURTHEST = 72; // that an edge is bent aside to go round nodes
 const NEAR = 1.3; // small circuits get room rather than huge nodes
 const LEFT = 110, RIGHT = 30, ENDS = 44; // for the names of layers, half an MLP, and half of the logits and the embedding
 
@@ -63,6 +64,33 @@ export function bend(from: Point, to: Point, kind: string, row: number): number 
   const fan = { q: -9, k: 0, v: 9 }[kind] ?? 0;
   if (Math.abs(across) < STEP / 2) return up <= ROW * 1.5 ? fan : 14 + up / 9 + fan;
   return Math.sign(across) * Math.min(30, up / 30) + fan;
+}
+
+/** A place that edges go round: its centre and how far off they keep. */
+export interface Obstacle extends Point { radius: number }
+
+/**
+ * The bend nearest to `wanted` with which an edge touches the fewest nodes: one that ran behind a node would look like
+ * two, into it and out of it. The ends do not count; they are of `obstacles`, too.
+ */
+export function around(from: Point, to: Point, wanted: number, obstacles: Obstacle[]): number {
+  const x = to.x - from.x, y = to.y - from.y, length = Math.hypot(x, y);
+  const near: [off: number, rise: number, radius: number][] = []; // aside of the chord, the curve's rise there per bend
+  for (const place of obstacles) {
+    const along = ((place.x - from.x) * x + (place.y - from.y) * y) / (length * length);
+    const off = ((place.y - from.y) * x - (place.x - from.x) * y) / length;
+    const end = Math.min(along, 1 - along) * length < place.radius / 2;
+    if (!end && Math.abs(off) < place.radius + FURTHEST) near.push([off, 2 * along * (1 - along), place.radius]);
+  }
+  const touched = (bend: number) => near.filter(([off, rise, radius]) => Math.abs(off - rise * bend) < radius).length;
+  let best = wanted, least = touched(wanted);
+  for (let aside = 12; least && aside <= FURTHEST; aside += 12) {
+    for (const bend of [wanted + aside, wanted - aside]) {
+      const count = touched(bend);
+      if (count < least) [best, least] = [bend, count];
+    }
+  }
+  return best;
 }
 
 /** Left of the nodes, for the names of layers in letters of this size. */

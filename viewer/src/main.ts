@@ -1,6 +1,6 @@
 // Brings data, graph, controls and panel together.
 import cytoscape, { type Core } from "cytoscape";
-import { bend, layout, margin, type Point } from "./layout";
+import { around, bend, layout, margin, type Point } from "./layout";
 import { DASHES, look, type Look, sizes, type Sizes, style } from "./look";
 import { Circuit, type Data, type Edge, decision, KEPT, number, title } from "./model";
 import { element, Panel } from "./panel";
@@ -150,9 +150,11 @@ class Viewer {
           cy.add({ data: { id: `layer${layer}`, label: `layer ${layer}` }, classes: "layer", position: { x: left, y } });
         }
       }
+      const { radius, mlp, group } = this.sizes, keep: Record<string, number> = { head: radius, mlp: (mlp[0] + mlp[1]) / 4, group: group / 2 };
+      const obstacles = [...this.places].map(([at, place]) => ({ ...place, radius: 5 + (keep[circuit.nodes[at]!.kind] ?? radius) }));
       for (const edge of circuit.edges) {
         const from = edge.source === null ? undefined : this.places.get(edge.source), to = this.places.get(edge.target);
-        if (from && to) cy.getElementById(edge.id).data("bend", bend(from, to, edge.kind, laid.row));
+        if (from && to) cy.getElementById(edge.id).data("bend", around(from, to, bend(from, to, edge.kind, laid.row), obstacles));
       }
     });
   }
