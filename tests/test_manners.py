@@ -234,6 +234,10 @@ def test_exit_codes(pahq: Pahq, files: Path, monkeypatch: pytest.MonkeyPatch) ->
     message = {"kind": "interrupted", "code": 130, "message": "interrupted; nothing was begun"}
     assert json.loads(stopped.out) == {"error": message}
 
+    monkeypatch.setattr("pahq.cli.app.guarded", stop)  # before anything is guarded, as while torch is imported
+    stopped = pahq(*words)
+    assert (stopped.code, stopped.err) == (codes.INTERRUPTED, "interrupted; run the same command again\n")
+
 
 def test_a_bug_is_a_traceback_and_exit_code_1() -> None:
     code = (

@@ -290,6 +290,8 @@ def main() -> None:
     manner = Manner("--json" in words)
     try:
         code = app(standalone_mode=False, obj=manner)
+        if code == codes.INTERRUPTED:  # typer made an exit code of Ctrl-C that no command had an answer to
+            raise KeyboardInterrupt
     except PahqError as error:
         code = fail(str(error), codes.REFUSED, manner.as_json)
     except BrokenPipeError:
