@@ -131,7 +131,7 @@ class TaskRun:
         seconds: dict[str, list[float]] = {row: [] for row in ROWS}
         for repeat in range(given.repeats):
             spent: dict[str, float] = {}
-            for row in [row for row in ROWS if row != SLOW] if repeat == 0 else REPEATED:
+            for row in given.timed if repeat == 0 else [row for row in given.timed if row in REPEATED]:
                 found = self.runner.ask(
                     self.task,
                     "sweep",
@@ -311,6 +311,8 @@ def options() -> argparse.Namespace:
     made.add_argument("--reference", type=float, default=0.05, help="threshold of the FP32 circuit (default 0.05)")
     made.add_argument("--thresholds", default="0.3,0.1,0.05,0.02,0.01", help="of the AUC's sweeps")
     made.add_argument("--auc", default="fp32,pahq,pahq-values,rtn", help="rows that get an AUC")
+    timed = ",".join(row for row in ROWS if row != SLOW)
+    made.add_argument("--timed", default=timed, help="rows that are timed (default: all but rtn)")
     made.add_argument("--repeats", type=int, default=3, help="draws of prompts that are timed (default 3)")
     made.add_argument("--sample", type=int, default=60, help="tests on which FP32's noise is measured (default 60)")
     made.add_argument("--parts", default=",".join(PARTS), help="what to measure (default %(default)s)")
@@ -332,10 +334,11 @@ def options() -> argparse.Namespace:
     for part in given.parts:
         if part not in (*PARTS, "full"):
             made.error(f"--parts '{part}' is no part of this benchmark; choose from {', '.join(PARTS)}")
-    given.auc = given.auc.split(",")
-    for row in given.auc:
-        if row not in ROWS:
-            made.error(f"--auc '{row}' is no row of the table; choose from {', '.join(ROWS)}")
+    given.auc, given.timed = given.auc.split(","), given.timed.split(",")
+    for name in ("auc", "timed"):
+        for row in getattr(given, name):
+            if row not in ROWS:
+                made.error(f"--{name} '{row}' is no row of the table; choose from {', '.join(ROWS)}")
     return given
 
 

@@ -101,10 +101,10 @@ def _show(console: Console, record: Row) -> None:
         Column("run", "run", left=True),
         Column("state", "state", left=True),
         Column("edges", "edges", known("{:,}".format)),
-        Column("metric_circuit", "metric", decimals(3)),
-        Column("recovered", "recovered", decimals(2)),
-        Column("recovered_test", "held out", decimals(2)),
-        Column("accuracy_test", "accuracy", decimals(2)),
+        Column("metric_circuit", "metric, used", decimals(3)),
+        Column("recovered", "recovered, used", decimals(2)),
+        Column("recovered_test", "recovered, held out", decimals(2)),
+        Column("accuracy_test", "accuracy, held out", decimals(2)),
         Column("total_seconds", "time", known(as_time)),
     ]
     console.print(screen(record["runs"], columns))
