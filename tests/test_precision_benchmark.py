@@ -18,9 +18,7 @@ FIGURES = {
     "agree_plain_0.001",
     "escalated_0.01",
     "escalated_0.001",
-    "auc_values",
-    "auc_plain",
-    "auc_rtn",
+    *(f"auc_{row}{kind}" for row in ("fp32", "values", "plain", "rtn") for kind in ("", "_pessimistic")),
     "weight_ratio",
     "time_ratio",
     "pfe_mixed",
@@ -47,6 +45,7 @@ def test_every_row_and_figure(tmp_path: Path) -> None:
     assert figures["agree_exact"] == 1
     assert figures["agree_plain_0.01"] > 0.9
     assert figures["auc_plain"] > 0.9
+    assert figures["auc_fp32_pessimistic"] == 1  # its sweep holds the reference circuit itself
     assert figures["auc_plain"] >= figures["auc_rtn"]
     (task,) = (name for name in found["details"] if name.endswith("prompts.jsonl"))
     details = found["details"][task]
