@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from pahq.evaluation.circuit import Circuit
 from pahq.graph import DIRECT, Graph
 from pahq.model import ModelConfig
 from pahq.report import figures
+from pahq.report.figures import bends
+from pahq.report.figures import circuit as drawing
 from pahq.report.figures import layout as placing
-from pahq.report.figures.circuit import THICK, THIN, draw_graph, graph_rows
+from pahq.report.figures.circuit import THICK, THIN, draw_graph, graph_rows, legend_values
 from pahq.report.figures.style import DASHES, KINDS, METHODS, STATUS, looks
 from pahq.report.viewer.drawing import Overlay
 from random_models import drawn
@@ -92,19 +94,80 @@ def test_the_same_head_stands_in_the_same_column() -> None:
     assert len({round(laid.places[f"a{layer}.3"].x, 6) for layer in range(3)}) == 1
 
 
+def test_heads_alone_in_their_layers_stand_apart() -> None:
+    nodes = [placing.Node(f"a{layer}.{head}", "head", layer, head) for layer, head in enumerate((30, 1, 3, 2, 1))]
+    nodes += [placing.Node("embed", "embed", -1), placing.Node("logits", "logits", 5)]
+    laid = placing.layout(nodes, 32, 32, 230.0, {node.label: 12.0 for node in nodes} | {"layer": 14.0})
+    xs = {node.index: laid.places[node.name].x for node in nodes if node.kind == "head"}
+    assert [xs[index] for index in sorted(xs)] == sorted(xs.values())  # left or right as in a whole layer
+    assert min(b - a for a, b in pairwise(sorted(xs.values()))) > 12.0 + placing.LANE
+    assert laid.places["a1.1"].x == laid.places["a4.1"].x
+
+
+def test_groups_stand_below_the_heads_they_feed() -> None:
+    nodes = [placing.Node(f"a0.{head}", "head", 0, head) for head in (0, 1, 6)]
+    nodes += [placing.Node(f"a0.{group}.kv", "group", 0, group) for group in (0, 2)]
+    nodes += [placing.Node("embed", "embed", -1), placing.Node("logits", "logits", 1)]
+    places = placing.layout(nodes, 9, 3, 230.0, {node.label: 9.0 for node in nodes} | {"layer": 14.0}).places
+    assert places["a0.0.kv"].x == pytest.approx((places["a0.0"].x + places["a0.1"].x) / 2)
+    assert places["a0.2.kv"].x == pytest.approx(places["a0.6"].x)
+    assert places["a0.0.kv"].top < places["a0.0"].bottom
+
+
+def test_layers_without_a_node_take_no_room() -> None:
+    def height(layers: tuple[int, ...]) -> float:
+        nodes = [placing.Node(f"a{layer}.0", "head", layer) for layer in layers]
+        nodes += [placing.Node("embed", "embed", -1), placing.Node("logits", "logits", 40)]
+        return placing.layout(nodes, 4, 4, 230.0, {node.label: 9.0 for node in nodes} | {"layer": 14.0}).height
+
+    assert height((0, 1, 2)) == height((3, 17, 39))
+
+
 def test_edges_run_around_other_nodes() -> None:
-    between = np.array([[40.0, 60.0, 45.0, 55.0]])
+    start, end, between = bends.End(50, 0), bends.End(50, 100), np.array([[40.0, 60.0, 45.0, 55.0]])
+    straight = bends.around(start, end, np.zeros((0, 4)), 200.0)
+    assert straight == bends.around(start, end, between + 60.0, 200.0)  # nothing is in its way
+    assert {x for x, _ in straight} == {50.0}
+    assert bends.touches(straight, between) == 1
+    around = bends.around(start, end, between, 200.0)
+    assert bends.touches(around, between, 1.0) == 0
+    assert (around[0], around[3]) == ((50, 0), (50, 100))
+    assert around == bends.around(start, end, between, 200.0)
+    row = np.array([[0.0, 46.0, 45.0, 55.0], *between, [65.0, 110.0, 45.0, 55.0]])  # the one gap is at the right
+    assert bends.touches(bends.around(start, end, row, 200.0), row) == 0
+    wall = np.array([[0.0, 200.0, 45.0, 55.0], [40.0, 60.0, 70.0, 80.0]])
+    assert bends.touches(bends.around(start, end, wall, 200.0), wall) == 1  # no more than it must
 
-    def hits(found: placing.Curve) -> bool:
-        x, y = (placing._WEIGHTS @ np.array(found)).T
-        return bool(((x > 40) & (x < 60) & (y > 45) & (y < 55)).any())
 
-    around = placing.curve((50, 0), (50, 100), between, 30.0, 200.0)
-    straight = placing.curve((50, 0), (50, 100), np.zeros((0, 4)), 30.0, 200.0)
-    assert hits(straight)
-    assert not hits(around)
-    assert around[0] == straight[0] == (50, 0)
-    assert around[3] == (50, 100)
+def test_edges_stay_on_the_paper() -> None:
+    between = np.array([[-10.0, 30.0, 45.0, 55.0]])
+    x = bends.points(np.array([bends.around(bends.End(10, 0), bends.End(10, 100), between, 200.0, 5.0)]))[..., 0]
+    assert x.min() >= 5
+    assert x.max() > 30
+
+
+def test_no_edge_seems_to_be_two() -> None:
+    """Of a circuit as deep as that of a real model, no edge touches a node between its ends."""
+    draw = np.random.default_rng(3)
+    of = config(30, 9, 3)
+    graph = Graph(of)
+    names = [f"a{layer}.{draw.integers(9)}" for layer in range(8, 30, 2)] + [f"m{layer}" for layer in range(0, 30, 3)]
+    mask = np.zeros(graph.shape, bool)
+    for name in names:
+        mask[graph.edge(f"{name}->logits")] = True
+        for other in names:
+            edge = f"{name}->{other + ('.q' if other[0] == 'a' else '')}"
+            if int(name[1:].split(".")[0]) < int(other[1:].split(".")[0]) and draw.random() < 0.2:
+                mask[graph.edge(edge)] = True
+    rows = graph_rows(Circuit(graph, mask, np.where(mask, 1.0, np.nan), np.where(mask, 1, -1)))
+    shown = drawing._Picture(graph, rows, 3.25)
+    touched = 0
+    for row, line in zip(rows, shown._lines(), strict=True):
+        ends = {row["sender"], shown._reader(row)}
+        boxes = [drawing._box(place) for name, place in shown.layout.places.items() if name not in ends]
+        touched += bends.touches(line.curve, np.array(boxes))
+    assert len(rows) > 50
+    assert touched == 0
 
 
 def test_what_is_drawn_are_the_edges_of_the_circuit() -> None:
@@ -126,7 +189,7 @@ def picture(of: Circuit, **options: Any) -> Any:
 
 def lines(figure: Any) -> list[tuple[str, float]]:
     """Colour and width of each edge."""
-    (collection,) = figure.axes[0].collections
+    collection, _ = figure.axes[0].collections  # lines and their arrow heads
     colours = [to_hex(colour) for colour in collection.get_edgecolor()]
     return list(zip(colours, collection.get_linewidth(), strict=True))
 
@@ -134,7 +197,7 @@ def lines(figure: Any) -> list[tuple[str, float]]:
 def test_colours_tell_what_reads_and_widths_the_effect() -> None:
     of = circuit(Graph(config(4, 4, 2)), 60)
     rows = [row for row in graph_rows(of) if row["sender"] != DIRECT]
-    largest = max(abs(row["effect"]) for row in graph_rows(of) if row["effect"] is not None)
+    largest = max(abs(row["effect"]) for row in rows if row["effect"] is not None)
     wanted = []
     for row in rows:
         share = 0.0 if row["effect"] is None else abs(row["effect"]) / largest
@@ -143,6 +206,43 @@ def test_colours_tell_what_reads_and_widths_the_effect() -> None:
         assert (colour, width) == (mine, pytest.approx(thick))
     dots = [line for line in picture(of).axes[0].get_lines() if line.get_marker() == "o"]
     assert len(dots) == sum(row["sender"] == DIRECT for row in graph_rows(of)) > 0
+
+
+def test_every_line_has_an_arrow_head() -> None:
+    of = circuit(Graph(config(4, 4, 2)), 60)
+    figure = picture(of)
+    edges, heads = figure.axes[0].collections
+    assert len(heads.get_paths()) == len(edges.get_paths()) > 0
+    assert np.array_equal(heads.get_facecolor()[:, :3], edges.get_edgecolor()[:, :3])
+    for line, head in zip(edges.get_paths(), heads.get_paths(), strict=True):
+        tip, *corners = head.vertices[:3]
+        gap = [np.linalg.norm(line.vertices[-1] - corner) for corner in (tip, *corners)]
+        assert gap[1] == pytest.approx(gap[2])  # the line ends in the middle of its head
+        assert max(gap) < 6
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_legend_shows_widths_that_are_drawn(seed: int) -> None:
+    of = circuit(Graph(config(4, 4, 4)), 60, seed)
+    drawn = [abs(row["effect"]) for row in graph_rows(of) if row["effect"] and row["sender"] != DIRECT]
+    texts = [text.get_text() for text in picture(of).legends[0].get_texts()]
+    shown = [float(text.removeprefix("effect ")) for text in texts if text.startswith("effect")]
+    assert len(shown) == 2
+    assert min(drawn) <= shown[1] < shown[0] <= max(drawn)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "shown"),
+    [
+        ((0.311, 3.2689), [3.2, 0.32]),
+        ((2.0, 2.0), [2.0]),
+        ((0.0, 0.0), []),
+        ((0.0, 1.0), [1.0, 0.0]),
+        ((2.31, 2.38), [2.38]),
+    ],
+)
+def test_values_of_the_legend(drawn: tuple[float, float], shown: list[float]) -> None:
+    assert legend_values(*drawn) == shown
 
 
 def test_a_second_circuit_is_told_by_colour_and_dash() -> None:

@@ -11,7 +11,8 @@ import numpy as np
 
 from pahq.evaluation.circuit import Circuit
 from pahq.graph import DIRECT, Graph
-from pahq.report.figures.layout import DIAMOND, Curve, Layout, Node, Place, arc, curve, layout
+from pahq.report.figures.bends import CLEAR, Curve, End, Point, arc, around, spread
+from pahq.report.figures.layout import DIAMOND, ENDS, MARGIN, Layout, Node, Place, layout
 from pahq.report.figures.style import DASHES, INK, KINDS, NODE, SMALL, SOFT, STATUS, legend
 from pahq.report.tables import Row, number
 from pahq.report.viewer.drawing import Overlay, reader
@@ -25,7 +26,10 @@ Where there are many edges, the largest are thinner.
 """
 LINK = "#9aa4af"
 PORTS = {"q": -0.3, "k": 0.0, "v": 0.3}
-"""Where edges enter a head, as a share of its width."""
+"""Where edges enter a head, or a group of keys and values, as a share of its width."""
+GROUP_PORTS = {"k": -0.28, "v": 0.28}
+DOT = 2.3
+"""A direct edge's."""
 
 
 def graph_rows(circuit: Circuit, overlay: Overlay | None = None, most: int = MOST) -> list[Row]:
@@ -70,9 +74,10 @@ def draw_graph(
 
 @dataclass(frozen=True)
 class _Line:
-    """An edge on paper."""
+    """An edge on paper. head: the corners of its arrow head."""
 
     curve: Curve
+    head: tuple[Point, Point, Point]
     colour: str
     width: float
     dash: Any
@@ -86,15 +91,17 @@ class _Picture:
         self.width = (inches - 0.06) * 72
         self.size = 5.5 if inches < 5 else SMALL
         self.thick = THICK * min(1.0, (80 / max(len(rows), 1)) ** 0.25)
-        self.largest = max((abs(row["effect"]) for row in rows if row["effect"] is not None), default=0.0)
+        lines = [abs(row["effect"]) for row in rows if row["effect"] is not None and row["sender"] != DIRECT]
+        self.smallest, self.largest = min(lines, default=0.0), max(lines, default=0.0)
         self.nodes = {node.name: node for node in _nodes(graph, rows)}
         labels = {"layer", *(node.label for node in self.nodes.values())}
         text = {label: _text_width(label, self.size) for label in labels}
+        self._dots = {(self._reader(row), row["kind"]) for row in rows if row["sender"] == DIRECT}
         config = graph.config
         self.layout: Layout = layout(list(self.nodes.values()), config.n_heads, config.n_kv_heads, self.width, text)
 
     def draw(self, axes: Any) -> None:
-        from matplotlib.collections import PathCollection
+        from matplotlib.collections import PathCollection, PolyCollection
         from matplotlib.path import Path
 
         codes = [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4]
@@ -111,6 +118,8 @@ class _Picture:
             ),
             autolim=False,
         )
+        heads = PolyCollection([line.head for line in lines], facecolors=[line.colour for line in lines], zorder=3)
+        axes.add_collection(heads, autolim=False)
         for x, y in self._links():
             axes.plot(x, y, color=LINK, linewidth=0.6, zorder=1)
         for name, place in self.layout.places.items():
@@ -146,32 +155,79 @@ class _Picture:
 
     def _lines(self) -> Iterator[_Line]:
         places = self.layout.places
-        for row in self.rows:
+        names = list(places)
+        boxes = np.array([_box(place) for place in places.values()])
+        starts, ends = self._along("embed"), self._along("logits")
+        for at, row in enumerate(self.rows):
             if row["sender"] == DIRECT:
                 continue
-            target = self._reader(row)
-            here, there = places[row["sender"]], places[target]
-            start, end = (here.x, here.top), (self._port(row), there.bottom)
-            kinds = self.nodes[row["sender"]].kind, self.nodes[target].kind
-            if kinds[0] in ("embed", "pos_embed"):
-                start = (_within(end[0], here), here.top)
-            if kinds[1] == "logits":
-                end = (_within(start[0], there), there.bottom)
-            out = self._out(here, there) if kinds == ("mlp", "mlp") else None
-            if out is not None:
-                line = arc(start, end, out)
+            source, target = row["sender"], self._reader(row)
+            start, end = self._ends(row, starts.get(at), ends.get(at))
+            if self.nodes[source].kind == self.nodes[target].kind == "mlp":
+                line = arc(start[:2], end[:2], self._out(places[source], places[target]))
             else:
-                others = [_box(places[name]) for name in places if name not in (row["sender"], target)]
-                line = curve(start, end, np.array(others).reshape(-1, 4), self.layout.column, self.width)
-            yield _Line(line, self._colour(row), self._thickness(row["effect"]), self._dash(row))
+                others = boxes.copy()
+                for own in (source, target):  # the ends lie on their borders
+                    others[names.index(own)] += np.array([1, -1, 1, -1]) * (CLEAR + 0.8)
+                line = around(start, end, others, self.width, MARGIN)
+            width = self._thickness(row["effect"])
+            yield _Line(*_pointed(line, width), self._colour(row), width, self._dash(row))
 
-    def _out(self, source: Place, target: Place) -> float | None:
-        """How far an edge between MLPs bows to the right of those between them; None where there are none."""
-        spine = [place.y for name, place in self.layout.places.items() if self.nodes[name].kind == "mlp"]
-        if not any(source.y < y < target.y for y in spine):
-            return None
-        room = (self.width - source.x - 2) / 0.75  # the middle of the curve is at three quarters of its controls
-        return room * (0.62 + 0.38 * (target.y - source.y) / self.layout.height)
+    def _ends(self, row: Row, along: float | None, over: float | None) -> tuple[End, End]:
+        """Where an edge leaves and enters. along, over: where on the embedding and on the logits, if there."""
+        source, target = row["sender"], self._reader(row)
+        here, there = self.layout.places[source], self.layout.places[target]
+        kinds = self.nodes[source].kind, self.nodes[target].kind
+        start, end = End(here.x, here.top), End(self._port(row), self._foot(row))
+        if kinds[0] in ENDS:
+            start = End(here.x if along is None else along, here.top)
+        elif kinds[0] == "mlp" and kinds[1] in ("mlp", "logits"):
+            if kinds[1] == "mlp" or self._between(here, there):
+                start = End(self.layout.spine, here.y + 1.6, (1.0, 0.0))
+        elif kinds[0] == "mlp":
+            start = End(here.x - here.width / 2, here.y, (-1.0, 0.0))
+        if kinds[1] == "logits":
+            end = End(there.x if over is None else over, there.bottom)
+        elif kinds[1] == "mlp" and kinds[0] == "head":
+            end = End(there.x - there.width / 2, there.y, (1.0, 0.0))
+        elif kinds[1] == "mlp" and (kinds[0] == "mlp" or self._between(here, there)):
+            end = End(self.layout.spine, there.y - 1.6, (-1.0, 0.0))
+        return start, end
+
+    def _along(self, name: str) -> dict[int, float]:
+        """Where each edge leaves the embedding, or enters the logits, by its row: apart, so that each can be seen."""
+        places = self.layout.places
+        found: dict[str, list[tuple[float, float, int]]] = {}
+        for at, row in enumerate(self.rows):
+            target = "" if row["sender"] == DIRECT else self._reader(row)
+            if target == "logits" if name == "logits" else self.nodes.get(row["sender"], _NO).kind in ENDS and target:
+                bar, far = (target, row["sender"]) if name == "logits" else (row["sender"], target)
+                place = places[far]
+                x = place.x if name == "logits" else self._port(row)
+                near = place.width / 2 + 4
+                if self.nodes[far].kind not in ENDS and self._between(place, places[bar]):
+                    aside = x + near + (0.06 * abs(place.y - places[bar].y) if self.nodes[far].kind == "mlp" else 0)
+                    x = aside if aside < self.width - 3 else x - near
+                found.setdefault(bar, []).append((x, -place.y, at))
+        result: dict[int, float] = {}
+        for bar, some in found.items():
+            some.sort()
+            low, high = places[bar].x - places[bar].width / 2 + 2, places[bar].x + places[bar].width / 2 - 2
+            sizes = [min(5.0, (high - low) / len(some))] * len(some)
+            result |= dict(zip([at for *_, at in some], spread([x for x, *_ in some], sizes, low, high), strict=True))
+        return result
+
+    def _between(self, here: Place, there: Place) -> bool:
+        """Whether another node stands straight above or below the first, before the second."""
+        low, high = sorted((here.y, there.y))
+        return any(
+            low < place.y < high and abs(place.x - here.x) < place.width / 2 for place in self.layout.places.values()
+        )
+
+    def _out(self, source: Place, target: Place) -> float:
+        """How far an edge between MLPs bows to the right: the longer, the further."""
+        room = self.width - self.layout.spine - 3
+        return room * (0.25 + 0.75 * math.sqrt((target.y - source.y) / self.layout.height))
 
     def _links(self) -> Iterator[tuple[tuple[float, float], tuple[float, float]]]:
         """From a group's keys and values to its heads."""
@@ -188,9 +244,8 @@ class _Picture:
         """A dot where a direct edge enters."""
         for row in self.rows:
             if row["sender"] == DIRECT:
-                place = self._target(row)
-                look = {"markersize": 2.3, "markeredgewidth": 0.3, "markeredgecolor": "white", "zorder": 6}
-                axes.plot([self._port(row)], [place.bottom], marker="o", color=self._colour(row), **look)
+                look = {"markersize": DOT, "markeredgewidth": 0.3, "markeredgecolor": "white", "zorder": 6}
+                axes.plot([self._port(row)], [self._border(row)], marker="o", color=self._colour(row), **look)
 
     def _reader(self, row: Row) -> str:
         return reader(self.graph, self.graph.receivers[self.graph.edge(f"{row['sender']}->{row['receiver']}")[0]])
@@ -199,10 +254,22 @@ class _Picture:
         return self.layout.places[self._reader(row)]
 
     def _port(self, row: Row) -> float:
-        place, share = self._target(row), PORTS.get(row["kind"], 0.0)
-        if self.nodes[self._reader(row)].kind == "group":
-            share = {"k": -0.35, "v": 0.35}.get(row["kind"], 0.0)
-        return place.x + share * place.width
+        ports = GROUP_PORTS if self._is_group(row) else PORTS
+        place = self._target(row)
+        return place.x + ports.get(row["kind"], 0.0) * place.width
+
+    def _border(self, row: Row) -> float:
+        """The height at which an edge meets the border of what it enters from below."""
+        place = self._target(row)
+        return place.y - place.height / 2 + (abs(self._port(row) - place.x) if self._is_group(row) else 0.0)
+
+    def _foot(self, row: Row) -> float:
+        """The height of an arrow's point: below the dot of a direct edge into the same input."""
+        dotted = (self._reader(row), row["kind"]) in self._dots
+        return self._border(row) - (DOT / 2 + 0.2 if dotted else 0.3)
+
+    def _is_group(self, row: Row) -> bool:
+        return self.nodes[self._reader(row)].kind == "group"
 
     def _thickness(self, effect: float | None) -> float:
         share = abs(effect) / self.largest if effect is not None and self.largest else 0.0
@@ -238,12 +305,15 @@ class _Picture:
             look = {"marker": "D", "markersize": 3.2, "markerfacecolor": "white", "markeredgewidth": 0.6}
             handles.append(Line2D([], [], color=SOFT, linestyle="none", **look))
             labels.append("group's keys, values")
-        if self.largest:
-            for value in (self.largest, self.largest / 20):
-                handles.append(Line2D([], [], color=INK, linewidth=self._thickness(value)))
-                labels.append(f"{measure} {number(2)(value)}")
+        for value in legend_values(self.smallest, self.largest):
+            handles.append(Line2D([], [], color=INK, linewidth=self._thickness(value)))
+            labels.append(f"{measure} {number(2)(value)}")
         omitted = len(every) - len(self.rows)
         return handles, labels, f"without the {omitted:,} smallest edges" if omitted else None
+
+
+_NO = Node("", "", -1)
+"""Stands for a direct edge's sender."""
 
 
 def _nodes(graph: Graph, rows: Sequence[Row]) -> list[Node]:
@@ -261,13 +331,35 @@ def _nodes(graph: Graph, rows: Sequence[Row]) -> list[Node]:
     return list({node.name: node for node in found if node.name in names}.values())
 
 
-def _within(x: float, place: Place) -> float:
-    half = place.width / 2 - 3
-    return min(max(x, place.x - half), place.x + half)
+def legend_values(smallest: float, largest: float) -> list[float]:
+    """Effects of two digits whose widths the legend shows, none beyond those that are drawn; the largest first."""
+    if largest <= 0:
+        return []
+    found = []
+    for value, ways in ((largest, math.floor), (smallest, math.ceil)):
+        unit = 10.0 ** (math.floor(math.log10(value)) - 1) if value > 0 else 0.0
+        rounded = ways(value / unit) * unit if unit else 0.0
+        found.append(float(f"{rounded:.2g}"))
+    top, bottom = found
+    if not smallest <= bottom < top <= largest:  # all effects are much the same, or some are none
+        return [top] if smallest <= top <= largest else [largest]
+    return [top, bottom]
+
+
+def _pointed(line: Curve, width: float) -> tuple[Curve, tuple[Point, Point, Point]]:
+    """A line that ends where its arrow head begins, and the head's corners."""
+    start, first, (x, y), (tip_x, tip_y) = line
+    length, half = 2.6 + 0.8 * width, 1.0 + 0.6 * width
+    away = math.hypot(tip_x - x, tip_y - y) or 1.0
+    along_x, along_y = (tip_x - x) / away, (tip_y - y) / away
+    foot = tip_x - length * along_x, tip_y - length * along_y
+    left, right = ((foot[0] + side * half * -along_y, foot[1] + side * half * along_x) for side in (1, -1))
+    base = tip_x - 0.8 * length * along_x, tip_y - 0.8 * length * along_y
+    return (start, first, (x, y), base), ((tip_x, tip_y), left, right)
 
 
 def _box(place: Place) -> tuple[float, float, float, float]:
-    return place.x - place.width / 2 - 1, place.x + place.width / 2 + 1, place.bottom - 1, place.top + 1
+    return place.x - place.width / 2, place.x + place.width / 2, place.bottom, place.top
 
 
 def _text_width(label: str, size: float) -> float:

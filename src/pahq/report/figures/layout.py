@@ -1,24 +1,34 @@
-"""Where the nodes of a circuit stand, and how its edges run. All lengths in points, from the lower left corner."""
+"""Where the nodes of a circuit stand. All lengths in points, from the lower left corner."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
+
+from pahq.report.figures.bends import spread
 
 HEIGHT, ROUND = 8.6, 2.0
 """Of a node; and its corners' radius."""
 APART = 1.6
 """Between two nodes side by side."""
-GAPS = (13.0, 30.0)
-"""From one line of nodes to the next: at least, at most."""
-TALLEST = 590.0
-"""Height at which lines move together."""
-DIAMOND = 5.0
+LANE = 9.0
+"""Between heads of neighbouring lanes: room for edges."""
+SHAPE = 1.25
+"""Height of the whole, as a share of its width, at which lines move together."""
+NAME = 6.5
+"""Of a layer: names of layers stand further apart."""
+DIAMOND = 6.0
 MARGIN = 10.0
 """At the left, for the layers' names."""
+Range = tuple[float, float]
+BESIDE: Range = (5.2, 13.0)
+"""From a line of heads to that of an MLP, or back, at least and at most: they stand in columns of their own."""
+STACKED: Range = (HEIGHT + 2.0, 15.0)
+"""From one MLP to the next."""
+ENDS = ("embed", "pos_embed", "logits")
+"""Kinds of nodes that are as wide as the whole."""
 
 
 @dataclass(frozen=True)
@@ -59,52 +69,105 @@ class Place:
 class Layout:
     """places: by node's name. layers: the height at which each layer's name stands. width, height: of the whole.
 
-    column: between two heads side by side.
+    left, spine: where the heads' room begins, and the right side of the MLPs, beyond which edges between them run.
     """
 
     places: Mapping[str, Place]
     layers: Mapping[int, float]
     width: float
     height: float
-    column: float
+    left: float
+    spine: float
 
 
 def layout(nodes: Sequence[Node], n_heads: int, n_groups: int, width: float, text: Mapping[str, float]) -> Layout:
-    """Layers from bottom to top, heads side by side, each at the same place in every layer; MLPs at the right.
+    """Layers from bottom to top, heads in lanes by their index, groups below the heads they feed, MLPs at the right.
 
     n_heads, n_groups: of a layer. width: of the whole. text: each label's width, and that of ``layer``. Heads that do
-    not fit side by side stand in several lines.
+    not fit side by side stand in several lines. Layers without a node take no room.
     """
     mlps = [text[node.label] for node in nodes if node.kind == "mlp"]
     room = max(mlps) + 4 if mlps else 0.0
-    arcs = min(34.0, 0.13 * width) if len(mlps) > 2 else 4.0 if mlps else -5.0  # right of the MLPs, for edges between
-    left, right = text["layer"] + 2.5, width - arcs - room - 6
-    spine = width - arcs - room / 2
+    arcs = min(40.0, 0.15 * width) if len(mlps) > 2 else 12.0 if mlps else -5.0  # for edges at the MLPs' right
+    left, right = text["layer"] + 2.5, width - arcs - room - 8
     sizes = {node.name: max(text[node.label] + 3.6, HEIGHT) for node in nodes}
     lines = _lines(nodes, right - left, sizes)
-    steps = [_step(before[0], line[0]) for before, line in pairwise(lines)]
-    gap = min(max((TALLEST - HEIGHT) / max(sum(steps), 1.0), GAPS[0]), GAPS[1])
+    wishes = _wishes(nodes, n_heads, left, right, sizes)
+    heads: dict[str, float] = {}
+    for line in lines:
+        if line[0].kind == "head":
+            xs = spread([wishes[n.index] for n in line], [sizes[n.name] + APART for n in line], left, right)
+            heads |= {node.name: x for node, x in zip(line, xs, strict=True)}
     places: dict[str, Place] = {}
     layers: dict[int, float] = {}
-    y = HEIGHT / 2 + 1
-    for number, line in enumerate(lines):
-        y += gap * steps[number - 1] if number else 0.0
+    heights = _heights(lines, SHAPE * width)
+    for line, y in zip(lines, heights, strict=True):
         kind = line[0].kind
         if kind == "mlp":
-            places[line[0].name] = Place(spine, y, room, HEIGHT)
+            places[line[0].name] = Place(width - arcs - room / 2, y, room, HEIGHT)
         elif kind == "group":
-            for node, x in zip(line, _slots(line, n_groups, left, right, dict.fromkeys(sizes, DIAMOND)), strict=True):
+            below = [_below(node, heads, wishes, n_heads // n_groups) for node in line]
+            for node, x in zip(line, spread(below, [DIAMOND + APART] * len(line), left, right), strict=True):
                 places[node.name] = Place(x, y, DIAMOND, DIAMOND)
         elif kind == "head":
-            for node, x in zip(line, _slots(line, n_heads, left, right, sizes), strict=True):
-                places[node.name] = Place(x, y, sizes[node.name], HEIGHT)
+            for node in line:
+                places[node.name] = Place(heads[node.name], y, sizes[node.name], HEIGHT)
         else:
-            share = (right - left) / len(line)
+            share = (width - left - 2) / len(line)
             for at, node in enumerate(line):
-                places[node.name] = Place(left + (at + 0.5) * share, y, share - 6, HEIGHT)
-        if kind in ("head", "mlp"):
-            layers.setdefault(line[0].layer, y)
-    return Layout(places, layers, width, y + HEIGHT / 2 + 1, min((right - left) / n_heads, 60.0))
+                places[node.name] = Place(left + (at + 0.5) * share, y, share - 4, HEIGHT)
+    for kind in ("head", "mlp"):  # of layers close together those with heads are named: an MLP's label has its own
+        for line, y in zip(lines, heights, strict=True):
+            if line[0].kind == kind and line[0].layer not in layers and all(abs(y - o) > NAME for o in layers.values()):
+                layers[line[0].layer] = y
+    return Layout(places, layers, width, heights[-1] + HEIGHT / 2 + 1, left, width - arcs)
+
+
+def _wishes(nodes: Sequence[Node], n_heads: int, left: float, right: float, sizes: Mapping[str, float]) -> np.ndarray:
+    """Where a head of each index would stand: those of the circuit share lanes that are wide enough for edges between.
+
+    Heads of one index stand in one lane, so that a head alone in its layer stands apart from those of other indices.
+    """
+    heads = [node for node in nodes if node.kind == "head"]
+    found = sorted({node.index for node in heads})
+    if not found:
+        return np.full(n_heads, (left + right) / 2)
+    wide = max(sizes[node.name] for node in heads) + LANE
+    lanes = max(1, min(len(found), int((right - left) / wide)))
+    rank = np.arange(len(found)) * (lanes - 1) / max(1, len(found) - 1)
+    rank = np.floor(rank + 0.5) + 0.5
+    return np.interp(np.arange(n_heads), found, left + rank * (right - left) / lanes)
+
+
+def _below(group: Node, heads: Mapping[str, float], wishes: np.ndarray, size: int) -> float:
+    """Where a group of keys and values stands: in the middle of the heads that it feeds."""
+    fed = range(group.index * size, (group.index + 1) * size)
+    drawn = [heads[name] for name in (f"a{group.layer}.{head}" for head in fed) if name in heads]
+    return sum(drawn) / len(drawn) if drawn else float(np.mean(wishes[fed.start : fed.stop]))
+
+
+def _heights(lines: Sequence[Sequence[Node]], goal: float) -> list[float]:
+    """The height of each line: as far apart as may be, and together as far as they must to stay within ``goal``."""
+    tight, loose = (_stacked(lines, share)[-1] for share in (0.0, 1.0))
+    return _stacked(lines, min(max((goal - tight) / max(loose - tight, 1.0), 0.0), 1.0))
+
+
+def _stacked(lines: Sequence[Sequence[Node]], share: float) -> list[float]:
+    """Each line above the one before, and clear of the last one in the same column."""
+    found: list[float] = []
+    for at, line in enumerate(lines):
+        y = HEIGHT / 2 + 1
+        columns = set[bool]()
+        for before in range(at - 1, -1, -1):
+            column = lines[before][0].kind == "mlp"
+            if column not in columns:
+                columns.add(column)
+                least, most = _step(lines[before][0], line[0])
+                y = max(y, found[before] + least + share * (most - least))
+            if len(columns) == 2 or lines[before][0].kind in ENDS:
+                break
+        found.append(y)
+    return found
 
 
 def _lines(nodes: Sequence[Node], room: float, sizes: Mapping[str, float]) -> list[list[Node]]:
@@ -124,75 +187,16 @@ def _lines(nodes: Sequence[Node], room: float, sizes: Mapping[str, float]) -> li
     return found
 
 
-def _step(below: Node, above: Node) -> float:
-    """From one line to the next, as a share of the gap."""
+def _step(below: Node, above: Node) -> Range:
+    """From one line to another, at least and at most."""
+    if below.kind in ENDS or above.kind in ENDS:
+        return 15.0, 26.0
+    if (below.kind == "mlp") != (above.kind == "mlp"):
+        return BESIDE
+    if below.kind == "mlp":
+        return STACKED
     if below.kind == "group":
-        return 0.62
-    if above.kind == "group":
-        return 0.78
-    if below.kind == above.kind == "head" and below.layer == above.layer:
-        return 0.62
-    if above.kind == "mlp" and below.layer == above.layer:
-        return 0.5  # they stand apart sideways
-    return 1.0 if below.kind != "mlp" else 0.72
-
-
-def _slots(line: Sequence[Node], count: int, left: float, right: float, sizes: Mapping[str, float]) -> list[float]:
-    """Middles of the nodes of a line: each in the slot of its index, or as near as its neighbours let it.
-
-    The nodes keep their order; the sum of squared distances from the slots is least (pool adjacent violators).
-    """
-    offsets, at = [], 0.0
-    for before, node in zip([None, *line], line, strict=False):
-        at += 0.0 if before is None else (sizes[before.name] + sizes[node.name]) / 2 + APART
-        offsets.append(at)
-    half = (sizes[line[0].name] / 2, sizes[line[-1].name] / 2)
-    blocks: list[tuple[float, int]] = []  # mean of a block's wishes, less the offsets; and its length
-    for node, offset in zip(line, offsets, strict=True):
-        mean, size = left + (node.index + 0.5) * (right - left) / count - offset, 1
-        while blocks and blocks[-1][0] > mean:
-            other, more = blocks.pop()
-            mean, size = (mean * size + other * more) / (size + more), size + more
-        blocks.append((mean, size))
-    low, high = left + half[0], right - half[1] - offsets[-1]
-    bases = [min(max(mean, low), max(high, low)) for mean, size in blocks for _ in range(size)]
-    return [base + offset for base, offset in zip(bases, offsets, strict=True)]
-
-
-Curve = tuple[tuple[float, float], tuple[float, float], tuple[float, float], tuple[float, float]]
-"""A cubic Bézier: start, two controls, end."""
-BOWS = (0.0, 0.35, -0.35, 0.6, -0.6, 1.0, -1.0, 1.5, -1.5)
-"""How far an edge may be bent aside, as shares of the distance between two columns of heads."""
-_T = np.linspace(0.0, 1.0, 40)[:, None]
-_WEIGHTS = np.concatenate([(1 - _T) ** 3, 3 * _T * (1 - _T) ** 2, 3 * _T**2 * (1 - _T), _T**3], axis=1)
-
-
-def arc(start: tuple[float, float], end: tuple[float, float], out: float) -> Curve:
-    """Between two MLPs, bowed to the right; out: how far its controls lie there."""
-    (x0, y0), (x1, y1) = start, end
-    up = y1 - y0
-    return (start, (x0 + out, y0 + 0.25 * up), (x1 + out, y1 - 0.25 * up), end)
-
-
-def curve(
-    start: tuple[float, float], end: tuple[float, float], others: np.ndarray, column: float, width: float
-) -> Curve:
-    """From the top of a node to the bottom of another, around as many of the others as can be.
-
-    others: float [n, 4], left, right, bottom and top of the nodes that are neither. column: between
-    two heads side by side; width: of the whole, which is not left.
-    """
-    (x0, y0), (x1, y1) = start, end
-    up = y1 - y0
-    best, least = None, np.inf
-    for bow in BOWS if up > 2 * HEIGHT else BOWS[:1]:
-        aside = bow * column
-        reach = max(4.0, min(0.45 * up, 20.0) if not bow else 0.3 * up)
-        found = (start, (x0 + aside, y0 + reach), (x1 + aside, y1 - reach), end)
-        x, y = (_WEIGHTS @ np.array(found)).T[:, :, None]
-        hits = (x > others[:, 0]) & (x < others[:, 1]) & (y > others[:, 2]) & (y < others[:, 3])
-        cost = hits.any(axis=0).sum() + 0.3 * abs(bow) + (3.0 if (x < MARGIN).any() or (x > width).any() else 0.0)
-        if cost < least:
-            best, least = found, cost
-    assert best is not None
-    return best
+        return 11.0, 17.0
+    if below.layer == above.layer:
+        return HEIGHT + APART, 13.0
+    return (15.0, 24.0) if above.kind == "group" else (16.0, 30.0)
