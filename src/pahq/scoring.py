@@ -103,11 +103,11 @@ def _shortfall(c: RunConfig, scores: Scores, selected: int) -> str | None:
     if selected >= ENOUGH * c.edges:
         return None
     larger = beyond(scores.graph, scores.values, c.rule, c.edges, bool(c.absolute))
-    what = f"{selected:,} edges are" if selected else "no edge is"
+    what = f"only {selected:,} of the {c.edges:,} edges were kept" if selected else "no edge was kept"
     mend = "" if c.absolute or not scores.signed else ", or absolute"
     return (
-        f"among the best-scored edges {what} on a path from the embeddings to the logits and within {c.edges:,}; "
-        f"the next larger circuit has {larger:,} edges: ask for so many{mend}"
+        f"{what}: of whole paths from the embeddings to the logits, the next larger circuit has {larger:,} edges; "
+        f"ask for so many{mend}"
         if larger is not None
         else None
     )
