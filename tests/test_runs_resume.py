@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -197,8 +197,15 @@ def test_a_metric_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: 
 
 
 def test_bad_arguments_from_python() -> None:
-    with pytest.raises(PahqError, match=r"discover: .*'treshold_mode'"):
-        pahq.discover(transformer(), RandomTask(), 0.1, treshold_mode=1)
+    for name, hint in (
+        ("treshold", r"did you mean 'threshold'\?"),
+        ("progres", r"did you mean 'progress'\?"),
+        ("metrics", r"did you mean 'metric'\?"),
+        ("options", r"did you mean 'task_options'\?"),
+        ("qqq", r"see help\(pahq\.discover\)"),
+    ):
+        with pytest.raises(PahqError, match=rf"^discover: '{name}' is unknown; {hint}$"):
+            pahq.discover(transformer(), RandomTask(), 0.1, **cast(dict[str, Any], {name: 1}))
     with pytest.raises(PahqError, match="metric 'accuracy' is unknown"):
         pahq.discover(transformer(), RandomTask(), 0.1, metric="accuracy")
     with pytest.raises(PahqError, match="fold_ln: the model is loaded already"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,6 +88,12 @@ def discover(
     if isinstance(model, PathLike):
         model = model_name = str(model)
     task_name = task if isinstance(task, str) else f"{OBJECT}{task.name}"
+    known = [*signature(discover).parameters, *(field.name for field in fields(RunConfig))]
+    known.remove("options")
+    for name in (name for name in options if name not in known):
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "see help(pahq.discover)"
+        raise PahqError(f"discover: '{name}' is unknown; {hint}")
     try:
         config = RunConfig(model=model_name, task=task_name, threshold=threshold, **options)
     except TypeError as error:
