@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import random
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import torch
 
 from pahq.errors import PahqError
 from pahq.model.transformer import Transformer
-from pahq.task import get_task
+from pahq.task import SPLITS, get_task
+from pahq.task.custom import FileTask
 from toy_tokenizers import byte_level, toy_model, word_level
 
 NAMES = ("Mary", "John", "Anna", "Paul", "Kate", "Mark", "Emma", "Adam", "Rose", "Luke", "Jane", "Frank")
@@ -198,6 +201,7 @@ def test_bad_lines(tmp_path: Path, rows: list[Any], message: str) -> None:
     ("row", "message"),
     [
         (pair(corrupt=" Anna and John"), "line 2: clean has 4 tokens and corrupt 3"),
+        (pair(corrupt=pair()["clean"]), "line 2: clean and corrupt are the same; change in corrupt what the answer"),
         (pair(answers=[" Mary John"]), "line 2: answer ' Mary John' is 2 tokens"),
         (pair(answers=["ary"]), "line 2: answer 'ary' is 3 tokens"),
         (pair(answers=[10**6]), "line 2: answer token 1000000 is not among"),
@@ -261,6 +265,38 @@ def test_bad_json(tmp_path: Path, content: bytes, message: str) -> None:
         get_task(str(path))
 
 
+NEAR = (
+    ("wrong_answer", "wrong_answers", "wrong_answers"),
+    ("Wrong_Answers", "wrong_answers", "wrong_answers"),
+    ("incorrect", "wrong_answers", "incorrect_idx"),
+    ("answer", "answers", "answers"),
+    ("corupt", "corrupt", "corrupt"),
+    ("corruptd", "corrupt", "corrupted"),
+)
+
+
+@pytest.mark.parametrize(("given", "column", "meant"), NEAR)
+def test_misspelt_columns(tmp_path: Path, given: str, column: str, meant: str) -> None:
+    bad = {given if name == column else name: value for name, value in pair().items()}
+    message = rf"'{given}' is unknown; did you mean '{meant}'\?$"
+    with pytest.raises(PahqError, match=f"pairs.jsonl: line 3: {message}"):
+        get_task(jsonl(tmp_path, [pair(), pair(1), bad]))
+    cells = [json.dumps(value) if isinstance(value, list) else value for value in bad.values()]
+    with pytest.raises(PahqError, match=f"pairs.csv: line 1: {message}"):
+        get_task(table(tmp_path, list(bad), [cells]))
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps({"prompts": [pair(), bad]}))
+    with pytest.raises(PahqError, match=f"pairs.json: prompt 2: {message}"):
+        get_task(path)
+
+
+def test_columns_of_notes_are_left_alone(tmp_path: Path, model: Transformer) -> None:
+    notes = {"id": 3, "note": "x", "corrupted_hard": "y", "correct": True, "label": "positive", "answer": "Mary", "": 0}
+    for row in (pair(**notes), {name: value for name, value in pair(**notes).items() if name != "wrong_answers"}):
+        prompts = get_task(jsonl(tmp_path, [row])).prompts(model, 1, split="all")
+        assert prompts.texts == ((pair()["clean"], pair()["corrupt"]),)
+
+
 def test_missing_file_and_unknown_option(tmp_path: Path) -> None:
     with pytest.raises(PahqError, match="no such file"):
         get_task(str(tmp_path / "none.jsonl"))
@@ -272,3 +308,104 @@ def test_too_few_rows(tmp_path: Path, model: Transformer) -> None:
     task = get_task(jsonl(tmp_path, [pair(i) for i in range(5)]))
     with pytest.raises(PahqError, match=r"3 examples asked for, .* 'validation' has 2 \(3 splits share 5 rows\)"):
         task.prompts(model, 3)
+
+
+SEEDS = range(8)
+ROWS = [pair(i, clean=f" {a} and {b},", corrupt=f" {b} and {a},") for i, (a, b) in enumerate(combinations(NAMES, 2))]
+"""Pairs that share no prompt; ``mirror`` gives another that shares two."""
+LINKED = [pair(i, corrupt=" Rose and Luke,", clean=f" {name} and Luke,") for i, name in enumerate(NAMES[:7])]
+
+
+def mirror(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"clean": row["corrupt"], "corrupt": row["clean"]}
+
+
+def splits_of(task: Any, model: Transformer, seed: int) -> dict[str, list[tuple[str, str]]]:
+    """All that each split has; fails unless that is what it says."""
+    found = {}
+    for split in SPLITS:
+        count = task.available(split, model)
+        assert count == task.available(split)
+        found[split] = list(task.prompts(model, count, seed, split).texts)
+        with pytest.raises(PahqError, match=rf"split '{split}' has {count} \(3 splits share"):
+            task.prompts(model, count + 1, seed, split)
+    return found
+
+
+def test_rows_without_a_common_prompt_are_dealt_in_turn(tmp_path: Path, model: Transformer) -> None:
+    for count in (9, 10, 11, 40):
+        rows = ROWS[:count]
+        task = get_task(jsonl(tmp_path, rows))
+        for seed in SEEDS:
+            order = list(range(count))
+            random.Random(f"rows {seed}").shuffle(order)
+            texts = [(rows[i]["clean"], rows[i]["corrupt"]) for i in order]
+            expected = {"train": texts[0::3], "validation": texts[1::3], "test": texts[2::3]}
+            assert splits_of(task, model, seed) == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "counts"),
+    [
+        ([*ROWS[:9], *map(mirror, ROWS[:9])], (6, 6, 6)),
+        ([*ROWS[:4], *map(mirror, ROWS[:4]), ROWS[4]], (4, 3, 2)),  # as in the documentation
+        ([*ROWS[:9], *ROWS[:1], *map(mirror, ROWS[:2])], (4, 4, 4)),
+        ([*ROWS[:2], mirror(ROWS[0]), mirror(ROWS[1])], (2, 2, 0)),
+        ([*LINKED, *ROWS[:2]], (7, 1, 1)),
+    ],
+)
+def test_rows_with_a_common_prompt_stay_together(
+    tmp_path: Path, model: Transformer, rows: list[dict[str, Any]], counts: tuple[int, ...]
+) -> None:
+    task = get_task(jsonl(tmp_path, rows))
+    assert "link" not in task.description
+    dealt = set()
+    for seed in SEEDS:
+        if 0 in counts:
+            held = [set(task.prompts(model, 2, seed, split).texts) for split in ("validation", "test")]
+            assert isinstance(task, FileTask)
+            assert [task.available(split) for split in ("validation", "test", "train")] == list(counts)
+            with pytest.raises(
+                PahqError, match=r"'train' has 0 \(3 splits share 4 rows, those with a prompt in common"
+            ):
+                task.prompts(model, 1, seed, "train")
+        else:
+            found = splits_of(task, model, seed)
+            assert [len(found[split]) for split in ("validation", "test", "train")] == list(counts)
+            dealt_out = sorted(texts for part in found.values() for texts in part)
+            assert dealt_out == sorted((row["clean"], row["corrupt"]) for row in rows)
+            held = [set(found[split]) for split in SPLITS]
+        for one, other in combinations([{text for texts in part for text in texts} for part in held], 2):
+            assert not one & other
+        dealt.add(tuple(frozenset(part) for part in held))
+    assert len(dealt) > 1 or 7 in counts
+
+
+def test_rows_that_are_linked_throughout_cannot_be_kept_apart(tmp_path: Path, model: Transformer) -> None:
+    """They are dealt singly, and that is said."""
+    task = get_task(jsonl(tmp_path, LINKED))
+    assert "shared prompts link them all" in task.description
+    assert {split: len(texts) for split, texts in splits_of(task, model, 0).items()} == {
+        "train": 3,
+        "validation": 2,
+        "test": 2,
+    }
+    assert "link" not in get_task(jsonl(tmp_path, LINKED[:1])).description
+
+
+def test_prompts_are_the_same_where_their_tokens_are(tmp_path: Path) -> None:
+    """Words that the tokenizer does not know are all one."""
+    model = toy_model(word_level())
+    rows = [pair(i, clean=f" {name} and Mary,", corrupt=f" {name} and John,") for i, name in enumerate(NAMES[:6])]
+    rows += [
+        pair(i, clean=f" {name} and Mary,", corrupt=f" {name} and Paul,") for i, name in enumerate(("Xa", "Xb", "Xc"))
+    ]
+    task = get_task(jsonl(tmp_path, rows))
+    assert isinstance(task, FileTask)
+    assert [task.available(split, model) for split in SPLITS] == [3, 3, 3]
+    for seed in SEEDS:
+        held = [{text for text, _ in task.prompts(model, 3, seed, split).texts if "X" in text} for split in SPLITS]
+        assert sorted(map(len, held)) == [0, 0, 3]
+    same = pair(clean=" Xa and Mary,", corrupt=" Xb and Mary,")
+    with pytest.raises(PahqError, match="line 1: clean and corrupt are the same tokens; change in corrupt"):
+        get_task(jsonl(tmp_path, [same])).prompts(model, 1, split="all")

@@ -91,7 +91,7 @@ def show(
     model = model or (name if name.startswith(OWN) else "smollm2-135m")
     loaded = load_truth(model).model() if model.startswith(OWN) else load_model(model)
     if n is None:
-        n = min(SHOWN, max(task.available(split), 1)) if isinstance(task, FileTask) else SHOWN
+        n = min(SHOWN, max(task.available(split, loaded), 1)) if isinstance(task, FileTask) else SHOWN
     prompts = _as_many_as(task, loaded, n, seed, split)
     report = _measure(task, loaded, prompts) | {"split": split, "seed": seed}
     shown = [_pair(loaded.tokenizer, prompts, row) for row in range(n)]

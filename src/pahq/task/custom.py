@@ -10,18 +10,23 @@ import torch
 
 from pahq.errors import PahqError
 from pahq.model.transformer import Transformer
-from pahq.task.base import SPLITS, Task, check_request, share
+from pahq.task.base import SPLITS, Task, check_request
 from pahq.task.files import Row, read_rows
 from pahq.task.greaterthan import two_digit_tokens
 from pahq.task.prompts import Prompts, pad_ids
+from pahq.task.splits import deal, groups_of, linked
 from pahq.task.tokens import Tokens
+
+RowIds = tuple[list[int], list[int], list[int], list[int]]
+"""Ids of a row's clean prompt, of its corrupt one, of its right answers and of its wrong ones."""
 
 
 @dataclass
 class FileTask(Task):
     """Prompt pairs of a file, read at their last token.
 
-    The rows, shuffled by the seed, are dealt to the three splits in turn; split ``all`` takes them in file order.
+    The rows, shuffled by the seed, are dealt to the three splits, those that share a prompt to the same one (see
+    ``splits.deal``); split ``all`` takes them in file order.
     pad: allow prompts of unequal length (padded on the right; the padding is never read). The two prompts of
     one pair must have the same length even so. prepend_bos: start every prompt with that token.
     Rows with a year for a label are greater-than prompts: right is every later year of the century.
@@ -38,12 +43,23 @@ class FileTask(Task):
         self.rows = read_rows(self.path)
         self.name = str(self.path)
         self.description = f"{len(self.rows)} prompt pairs of {self.path.name}"
+        if linked(groups_of([(row.clean, row.corrupt) for row in self.rows])):
+            self.description += " (shared prompts link them all, so that its splits share prompts, too)"
         if all(row.year is not None for row in self.rows):
             self.default_metric, self.summed = "greaterthan", True
 
-    def available(self, split: str) -> int:
-        """How many rows the split has, whatever the seed."""
-        return sum(share(position, split) for position in range(len(self.rows)))
+    def available(self, split: str, model: Transformer | None = None) -> int:
+        """How many rows the split has, whatever the seed.
+
+        model: whose tokens tell prompts apart, as in ``prompts``; their texts do without one.
+        Raises PahqError for an unknown split, and for rows that do not suit the model's tokenizer.
+        """
+        check_request(self.name, 1, split)
+        if model is None:
+            groups = groups_of([(row.clean, row.corrupt) for row in self.rows])
+        else:
+            groups = _groups(self._encoded(Tokens(model, self.name, self.prepend_bos)))
+        return len(self._chosen(groups, 0, split))
 
     def prompts(self, model: Transformer, n: int, seed: int = 0, split: str = "validation") -> Prompts:
         check_request(self.name, n, split)
@@ -52,14 +68,13 @@ class FileTask(Task):
             raise PahqError(
                 f"{self.path}: padding would be seen by {model.config.name}, which is not causal; leave pad off"
             )
-        order = list(range(len(self.rows)))
-        if split != "all":
-            random.Random(f"rows {seed}").shuffle(order)
-        chosen = [index for position, index in enumerate(order) if share(position, split)]
         # Every row, so that no fault depends on the seed; and first, so that more rows are not asked for in vain.
-        encoded = [self._encode(tokens, row) for row in self._answered(tokens)]
+        encoded = self._encoded(tokens)
+        groups = _groups(encoded)
+        chosen = self._chosen(groups, seed, split)
         if len(chosen) < n:
-            whole = "" if split == "all" else f" ({len(SPLITS)} splits share {len(order)} rows)"
+            kept = ", those with a prompt in common together" if 1 < len(set(groups)) < len(groups) else ""
+            whole = "" if split == "all" else f" ({len(SPLITS)} splits share {len(groups)} rows{kept})"
             raise PahqError(
                 f"{self.path}: {n} examples asked for, but split '{split}' has {len(chosen)}{whole}; "
                 f"{f'ask for at most {len(chosen)} (n) or ' if chosen else ''}add rows"
@@ -79,6 +94,17 @@ class FileTask(Task):
             self.pad,
         ).to(model.device)
 
+    def _chosen(self, groups: list[int], seed: int, split: str) -> list[int]:
+        """The split's rows, as the seed orders them."""
+        order = list(range(len(self.rows)))
+        if split == "all":
+            return order
+        random.Random(f"rows {seed}").shuffle(order)
+        return deal(groups, order)[split]
+
+    def _encoded(self, tokens: Tokens) -> list[RowIds]:
+        return [self._encode(tokens, row) for row in self._answered(tokens)]
+
     def _answered(self, tokens: Tokens) -> list[Row]:
         """The rows, with answers in place of years: the tokens of two digits above the year, and of the others."""
         labelled = next((row for row in self.rows if row.year is not None), None)
@@ -97,12 +123,16 @@ class FileTask(Task):
             for row in self.rows
         ]
 
-    def _encode(self, tokens: Tokens, row: Row) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Ids of the clean prompt, the corrupt one, the right answers and the wrong ones."""
+    def _encode(self, tokens: Tokens, row: Row) -> RowIds:
         clean, corrupt = tokens.prompt(row.clean), tokens.prompt(row.corrupt)
         if not clean or len(clean) != len(corrupt):
             raise PahqError(
                 f"{self.path}: {row.where}: clean has {len(clean)} tokens and corrupt {len(corrupt)}; make them equal"
+            )
+        if clean == corrupt:
+            same = "the same" if row.clean == row.corrupt else "the same tokens"
+            raise PahqError(
+                f"{self.path}: {row.where}: clean and corrupt are {same}; change in corrupt what the answer depends on"
             )
         for token in (*clean, *corrupt):
             if not 0 <= token < tokens.d_vocab:
@@ -133,8 +163,12 @@ class FileTask(Task):
         return token
 
 
+def _groups(encoded: list[RowIds]) -> list[int]:
+    return groups_of([(tuple(clean), tuple(corrupt)) for clean, corrupt, *_ in encoded])
+
+
 def _pack(
-    rows: list[tuple[list[int], list[int], list[int], list[int]]],
+    rows: list[RowIds],
     texts: tuple[tuple[str, str], ...],
     filler: int,
     pad: bool,

@@ -9,8 +9,9 @@ import ast
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ LABEL = "label"
 """In place of answers, in tables of greater-than prompts: the two digits that end the prompt's year."""
 LAST_YEAR = 98
 """The last label that has later years in its century."""
+MISSPELT = 0.75
+"""How near (1: the same) a name must be to a column's to be taken for a slip; other names are the user's own notes."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ def _csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             where, line = f"line {line}", reader.line_num + 1
             if header is None:
                 header = [cell.strip() for cell in cells]
+                _check_names(path, where, header)
                 continue
             if not cells:
                 raise PahqError(f"{path}: {where} is empty; remove it")
@@ -141,6 +145,7 @@ def _cell(cell: str, where: str, ids: bool) -> Any:
 def _row(path: Path, where: str, fields: Any) -> Row:
     if not isinstance(fields, dict):
         raise PahqError(f"{path}: {where} is no object; give one with {', '.join(COLUMNS)}")
+    _check_names(path, where, fields)
     labelled = LABEL in fields and not any(name in fields for side in SIDES for name in COLUMNS[side])
     found: dict[str, Any] = {}
     for column, names in COLUMNS.items():
@@ -169,6 +174,22 @@ def _row(path: Path, where: str, fields: Any) -> Row:
     if not sides[0]:
         raise PahqError(f"{path}: {where} has no answers; give at least one")
     return Row(where, found["clean"], found["corrupt"], sides[0], sides[1])
+
+
+def _check_names(path: Path, where: str, names: Iterable[str]) -> None:
+    """Raises PahqError for a name that is all but one which the row lacks.
+
+    What is only like a name that is there (EAP-IG's ``corrupted_hard`` beside ``corrupted``) is left alone.
+    """
+    names = set(names)
+    column_of = {name: column for column, known in COLUMNS.items() for name in known} | {LABEL: LABEL}
+    there = {column_of[name] for name in names & column_of.keys()}
+    if "answers" in there:
+        there.add(LABEL)
+    for name in sorted(names - column_of.keys()):
+        near = get_close_matches(name.lower(), column_of, n=1, cutoff=MISSPELT)
+        if near and column_of[near[0]] not in there:
+            raise PahqError(f"{path}: {where}: '{name}' is unknown; did you mean '{near[0]}'?")
 
 
 def _year(path: Path, where: str, label: Any) -> int:
