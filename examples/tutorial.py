@@ -88,12 +88,13 @@ circuit  # noqa: B018  # pyright: ignore[reportUnusedExpression]  (a notebook sh
 # %% [markdown]
 # ## 4. Its picture
 #
-# The run's folder has a page to click through, `viewer.html`. A plain picture takes a few lines: layers from bottom to
-# top, heads side by side, MLPs to their right. An edge enters a head through its query, key or value. Where heads
-# share keys and values, `a26.0.v` is the value of a whole *group* of heads, and the edge leads to each that is used.
+# The run's folder has a page to click through, `viewer.html`, and `pahq plot graph` draws it for a paper. A plain
+# picture takes a few lines: layers from bottom to top, heads side by side, MLPs to their right, with the edges between
+# them bent. An edge enters a head through its query, key or value. Where heads share keys and values, `a26.0.v` is the
+# value of a whole *group* of heads, and the edge leads to each that is used.
 
 # %%
-COLOURS = {"q": "#0072b2", "k": "#009e73", "v": "#d55e00", "mlp": "#777777", "logits": "#000000"}
+from pahq.report.figures.style import KINDS  # noqa: E402  (the colours of the viewer and of all figures)
 
 
 def spot(name: str) -> tuple[float, float]:
@@ -119,11 +120,14 @@ for row, receiver in enumerate(graph.receivers):
         for end in [end for end in ends if end in senders or end == "logits"]:
             (x, y), (to_x, to_y) = spot(graph.senders[column].name), spot(end)
             width = 0.5 + min(abs(circuit.effects[row, column]), 3.0)
-            axes.plot([x, to_x], [y, to_y], color=COLOURS[receiver.kind], linewidth=width, alpha=0.6)
+            aside = 0.2 + 0.06 * (to_y - y) if x == to_x else 0.0  # one column: straight lines would lie on each other
+            along = np.linspace(0, 1, 30)
+            line = x + along * (to_x - x) + 4 * aside * along * (1 - along), y + along * (to_y - y)
+            axes.plot(*line, color=KINDS[receiver.kind], linewidth=width, alpha=0.6)
             drawn |= {graph.senders[column].name, end}
 for name in sorted(drawn):
     axes.text(*spot(name), name, ha="center", va="center", fontsize=7, bbox={"boxstyle": "round", "fc": "white"})
-axes.set(ylabel="layer", xticks=[], title="Edges into queries (blue), keys (green), values (orange)")
+axes.set(ylabel="layer", xticks=[], title="Edges into queries (blue), keys (orange), values (green)")
 axes.margins(0.08)
 figure.savefig(FOLDER / "circuit.png", dpi=150)
 print(f"drawn: {FOLDER / 'circuit.png'}; to click through: {FOLDER / 'run' / 'viewer.html'}")
@@ -141,7 +145,7 @@ result = record["runs"][0]
 alone, interval = result["circuit"], result["circuit"]["recovered_interval"]
 print(f"{alone['edges']} edges ({alone['share']:.2%} of all) recover {alone['recovered']:.0%} of the logit difference")
 print(f"95 % of resamples of the prompts lie between {interval['low']:.0%} and {interval['high']:.0%}")
-print(f"random circuits of this size: {abs(result['random']['mean']['recovered']):.0%}")
+print(f"random circuits of this size: {result['random']['mean']['recovered']:+.0%}")
 
 # %% [markdown]
 # ## 6. Knock a head out

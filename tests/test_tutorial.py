@@ -64,6 +64,8 @@ def test_on_a_tiny_model(tmp_path: Path) -> None:
     assert all(word in ["the", *WORDS.split()] for line in prompts_of(tmp_path / "out") for word in line.split())
     for part in ("48 pairs", "Circuit(model: ", "recover", "random circuits of this size", "without a"):
         assert part in out
+    random = re.search(r"random circuits of this size: ([+-]\d+)%", out)
+    assert random is not None  # with its sign: circuits can be worse than none
     assert (tmp_path / "out" / "circuit.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "run" / "run.json").exists()
     again = run(tmp_path / "out", TUTORIAL_MODEL=str(tmp_path / "model"))
