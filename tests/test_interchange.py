@@ -321,6 +321,42 @@ def test_what_prompt_files_hold_besides_is_said(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "years.jsonl").read_text())["label"] == "17"
 
 
+def grouped(groups: int) -> Circuit:
+    """A circuit with edges into keys and values, in a model of four heads a layer."""
+    config = ModelConfig(
+        n_layers=2, n_heads=4, n_kv_heads=groups, d_model=8, d_head=2, d_mlp=4, d_vocab=5, d_vocab_out=5, n_ctx=8,
+        name="g",
+    )  # fmt: skip
+    return drawn_circuit(Graph(config), 5)
+
+
+@pytest.mark.parametrize("format", ["eap-ig", "acdc"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_groups_that_a_format_cannot_tell_are_said(tmp_path: Path, pahq: Pahq, format: str, groups: int) -> None:
+    circuit = grouped(groups)
+    circuit.save(tmp_path / "own")
+    file = tmp_path / "file.json"
+    told = pahq("convert", tmp_path / "own", file, "--to", format).err.splitlines()
+    written = [line for line in told if "groups of keys and values" in line]
+    kept = circuit.n_addition if format == "eap-ig" else circuit.n_edges
+    anew = pahq("convert", file, tmp_path / "heads")
+    heads = Circuit.load(tmp_path / "heads")
+    read = [line for line in anew.err.splitlines() if "the same keys and values" in line]
+    assert len(written) == len(read) == 1
+    assert f"{kept:,} edges are {heads.n_edges:,} there (to read them back as they were: --like RUN)" in written[0]
+    assert f"each {4 // groups} heads have" in read[0]
+    assert f"the {kept:,} edges with groups are {heads.n_edges:,} by head" in read[0]
+    like = pahq("convert", file, tmp_path / "like", "--like", tmp_path / "own")
+    assert "the same keys and values" not in like.err
+    assert Circuit.load(tmp_path / "like").n_edges == kept
+
+
+def test_heads_with_keys_of_their_own_are_no_groups(tmp_path: Path, pahq: Pahq) -> None:
+    grouped(4).save(tmp_path / "own")
+    assert "group" not in pahq("convert", tmp_path / "own", tmp_path / "file.json", "--to", "eap-ig").err
+    assert "group" not in pahq("convert", tmp_path / "file.json", tmp_path / "heads").err
+
+
 def test_the_command(tmp_path: Path, pahq: Pahq) -> None:
     circuit = drawn_circuit(toys.graph(groups=1), 1)
     circuit.save(tmp_path / "run")

@@ -16,7 +16,7 @@ from pahq.evaluation.circuit import Circuit
 from pahq.graph import Graph
 from pahq.report.interchange import acdc, eap_ig, eap_ig_tensors, own, prompts
 from pahq.report.interchange.files import File
-from pahq.report.interchange.links import UNKNOWN, Reading
+from pahq.report.interchange.links import UNKNOWN, Reading, groups_unsaid
 
 __all__ = ["FORMATS", "Converted", "convert", "read_circuit", "write_circuit"]
 
@@ -97,6 +97,8 @@ def convert(
             unread.append(
                 "it does not tell the model's sizes: those that edges do not show are 1 (name the model with --model)"
             )
+        if graph is None and read_as != "pahq":
+            unread += groups_unsaid(circuit)
         unwritten = _CIRCUITS[written_as].write(circuit, target)
         what, count = "circuit", circuit.n_edges
     else:

@@ -75,7 +75,7 @@ def write(circuit: Circuit, path: Path) -> list[str]:
     """
     lines = ",\n".join(json.dumps(record, allow_nan=False) for record in records_of(circuit))
     write_atomic(path, f"[\n{lines}\n]\n".encode())
-    lost = coarse(circuit.graph)
+    lost = coarse(circuit.graph, circuit.n_edges, sum(link.kept for link in unfold(circuit)))
     if not circuit.graph.direct_edges:
         lost.append("that direct edges were not looked at: ACDC has them in every circuit, and here they are missing")
     return lost + about(circuit, "layers, heads and where MLPs are")

@@ -132,7 +132,12 @@ def unheld(circuit: Circuit) -> list[str]:
         lost.append(f"that {untested:,} edges have no effect on record: they get score 0")
     if graph.split_pos:
         lost.append("the position embedding as a sender of its own: its edges are the input's")
-    return lost + coarse(graph) + about(circuit, "layers, heads, width and whether MLPs are parallel")
+    there = sum(link.kept for link in joined(circuit))
+    return (
+        lost
+        + coarse(graph, circuit.n_addition, there)
+        + about(circuit, "layers, heads, width and whether MLPs are parallel")
+    )
 
 
 def node_name(name: str) -> str:

@@ -133,17 +133,48 @@ def unknown_model(name: str, n_layers: int, n_heads: int, mlps: bool, parallel: 
     )
 
 
-def coarse(graph: Graph) -> list[str]:
-    """What of a graph's own kinds of edges is lost in files that name edges by head."""
+def coarse(graph: Graph, kept: int, there: int) -> list[str]:
+    """What of a graph's own kinds of edges is lost in files that name edges by head.
+
+    kept, there: edges of the circuit, of the kinds that the file has, and how many they are by head.
+    """
     lost = []
     if not graph.split_qkv:
         lost.append("joint q/k/v inputs: each is written as q, k and v")
     if graph.config.group_size > 1:
         lost.append(
             f"groups of keys and values: each of the {graph.config.n_kv_heads} a layer is written for its "
-            f"{graph.config.group_size} heads"
+            f"{graph.config.group_size} heads, so that {kept:,} edges are {there:,} there (to read them back as they "
+            "were: --like RUN)"
         )
     return lost
+
+
+def groups_unsaid(circuit: Circuit) -> list[str]:
+    """What to say where the heads of a circuit read by head share keys and values, as far as its edges show.
+
+    The heads of a group then have the same edges with the same effects; the largest size of groups is taken.
+    """
+    graph, n_heads = circuit.graph, circuit.graph.config.n_heads
+    inputs: dict[tuple[int, str], list[int]] = {}
+    for row, receiver in enumerate(graph.receivers):
+        if receiver.kind in ("k", "v"):
+            inputs.setdefault((receiver.layer, receiver.kind), []).append(row)
+    rows = np.array(list(inputs.values()))
+    if graph.config.group_size > 1 or not rows.size or not circuit.mask[rows].any():
+        return []
+    effects, mask = np.nan_to_num(circuit.effects)[rows], circuit.mask[rows]
+    for size in range(n_heads, 1, -1):
+        shape = len(rows), n_heads // size, size, -1
+        if n_heads % size == 0 and all(
+            (part == part[:, :, :1]).all() for part in (effects.reshape(shape), mask.reshape(shape))
+        ):
+            whole = circuit.n_edges - int(mask.sum()) * (size - 1) // size
+            return [
+                f"each {size} heads have the same keys and values, likely those of a group: the {whole:,} edges "
+                f"with groups are {circuit.n_edges:,} by head (join them: --like RUN or --model NAME)"
+            ]
+    return []
 
 
 def about(circuit: Circuit, told: str) -> list[str]:
