@@ -27,7 +27,7 @@ from pahq.report import machine
 from pahq.report.evaluation import curve_rows, flat
 from pahq.report.figures.chart import MISSING
 from pahq.report.figures.curves import drawn
-from pahq.report.finished import FinishedRun, finished_run, group_names, run_names
+from pahq.report.finished import CircuitFolder, FinishedRun, finished_run, group_names, run_names
 from pahq.report.progress import Watch
 from pahq.report.references import RANKINGS, other_run, reference_of, roc_of, truths_of
 from pahq.report.results import COMMANDS, ResultFolder
@@ -47,8 +47,8 @@ class EvaluationOptions:
     """split, n: examples to evaluate on, drawn with the run's own seed (n None: as many as the run used).
 
     metric: what is recovered; None: the run's own. truth: name or file of a known circuit; against: folder of another
-    run. Either is the reference of rates and ROC. ranking: whether ROC ranks edges by the size of scores or by signed
-    scores; select: rule by which scores give circuits of each size.
+    run or circuit. Either is the reference of rates and ROC. ranking: whether ROC ranks edges by the size of scores or
+    by signed scores; select: rule by which scores give circuits of each size.
     knockouts: random knock-outs for completeness; removals: parts removed for minimality, at most; unit: what is
     knocked out, node or edge. random_circuits: how many of the circuit's size. Any of these can be 0.
     bootstrap: resamples for confidence intervals (0: none) of level ``level``. seed: draws all of these.
@@ -252,7 +252,7 @@ def _passes(circuit: Circuit, how: EvaluationOptions) -> int:
 
 
 def _figures(
-    run: FinishedRun, bench: HeldOut, how: EvaluationOptions, reference: Reference | None, other: FinishedRun | None
+    run: FinishedRun, bench: HeldOut, how: EvaluationOptions, reference: Reference | None, other: CircuitFolder | None
 ) -> dict[str, Any]:
     """All figures of one run, JSON-ready."""
     circuit, config = run.circuit, run.config

@@ -13,7 +13,7 @@ from pahq.model import Transformer
 from pahq.precision.policy import get_policy
 from pahq.report import identity
 from pahq.report.config import OBJECT
-from pahq.report.finished import FinishedRun, finished_run
+from pahq.report.finished import CircuitFolder, FinishedRun, circuit_in
 from pahq.report.progress import Watch
 from pahq.report.references import overlay_of
 from pahq.report.viewer.drawing import Overlay, kept_nodes
@@ -37,17 +37,23 @@ def view(
     with_model: bool = True,
     watch: Watch | None = None,
 ) -> Path:
-    """Writes the viewer of a finished run, one HTML file -> its path.
+    """Writes the viewer of a finished run, or of a folder with a circuit alone, one HTML file -> its path.
 
     out: the file; by default ``viewer.html`` in the run's folder, with a second circuit ``viewer-against-NAME.html``.
-    against: folder of another run; truth: name or file of a known circuit; either is laid over the run's circuit.
-    model, task: in place of the run's own. with_model: whether to load the model for attention patterns and words
-    where the run's own page does not hold them already. Raises PahqError for bad input.
+    against: folder of another run or circuit; truth: name or file of a known circuit; either is laid over the run's
+    circuit. model, task: in place of the run's own. with_model: whether to load the model for attention patterns and
+    words where the run's own page does not hold them already. Raises PahqError for bad input.
     """
     watch = Watch() if watch is None else watch
-    found = finished_run(run)
+    found = circuit_in(run)
     overlay = overlay_of(found, truth, against)
     path = _file(found, out, overlay, (against, truth))
+    if not isinstance(found, FinishedRun):
+        missing = "the folder holds a circuit but no run, so there are no prompts to show them for"
+        if with_model:
+            watch.say(f"note: no attention patterns and words: {missing}")
+        write_page(path, page_data(found.circuit, {"config": _options_of(found.circuit)}, None, overlay, missing))
+        return path
     shown, missing = _kept_evidence(found), ""
     if shown is None and not with_model:
         missing = "the page was written without the model"
@@ -75,7 +81,7 @@ def write_viewer(
         watch.say(f"note: {VIEWER_FILE} was not written ({type(error).__name__}: {reason}); try: pahq view {folder}")
 
 
-def _file(run: FinishedRun, out: Any, overlay: Overlay | None, names: tuple[Any, Any]) -> Path:
+def _file(run: CircuitFolder, out: Any, overlay: Overlay | None, names: tuple[Any, Any]) -> Path:
     """Where the page goes. Raises PahqError for a path that cannot be a file, before any work is done."""
     if out is None:
         if overlay is None:
@@ -88,6 +94,15 @@ def _file(run: FinishedRun, out: Any, overlay: Overlay | None, names: tuple[Any,
     if not path.parent.is_dir():
         raise PahqError(f"{out}: there is no folder {path.parent}; make it first, or choose another file")
     return path
+
+
+def _options_of(circuit: Circuit) -> dict[str, Any]:
+    """What a circuit without a run tells of the options that it was found with."""
+    config = circuit.metadata.get("config")
+    if isinstance(config, dict):
+        return config
+    by_size = bool((circuit.effects[circuit.mask] < 0).any())
+    return {"model": circuit.graph.config.name, "absolute": by_size}
 
 
 def _kept_evidence(run: FinishedRun) -> dict[str, Any] | None:

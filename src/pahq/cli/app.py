@@ -185,17 +185,22 @@ def resume(
 
 @app.command()
 def show(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")], quiet: Quiet = False, as_json: Json = False
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run, or of a circuit.")],
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
-    """Print the summary of a finished run again."""
-    from pahq.evaluation.circuit import Circuit
+    """Print the summary of a finished run again, or of a circuit without a run."""
+    from pahq.evaluation.circuit import JSON_FILE, Circuit
     from pahq.report.folder import RUN_FILE, START_FILE
 
-    if not (run / RUN_FILE).exists():
-        if (run / START_FILE).exists():
-            raise PahqError(f"{run}: this run is not finished; go on with it: pahq resume {run}")
+    record = None
+    if (run / RUN_FILE).exists():
+        record = read_json(run / RUN_FILE)
+    elif (run / START_FILE).exists():
+        raise PahqError(f"{run}: this run is not finished; go on with it: pahq resume {run}")
+    elif not (run / JSON_FILE).exists():
         raise PahqError(f"{run}: there is no finished run ({RUN_FILE} is missing); check the path")
-    _summary(Circuit.load(run), read_json(run / RUN_FILE), str(run), quiet, as_json)
+    _summary(Circuit.load(run), record, str(run), quiet, as_json)
 
 
 def _default_folder(config: RunConfig) -> str:
@@ -233,7 +238,7 @@ def _print(outcome: Outcome, folder: str, quiet: bool, as_json: bool) -> None:
 
 
 def _summary(
-    circuit: Circuit, record: dict[str, Any], folder: str, quiet: bool, as_json: bool, written: str | None = None
+    circuit: Circuit, record: dict[str, Any] | None, folder: str, quiet: bool, as_json: bool, written: str | None = None
 ) -> None:
     from pahq.report import summary
 

@@ -37,7 +37,7 @@ def evaluate(
     runs: Runs,
     truth: Truth = None,
     against: Annotated[
-        str | None, typer.Option(help="Folder of another run: agreement with it, ROC and F1 against it.")
+        str | None, typer.Option(help="Folder of another run or circuit: agreement with it, ROC and F1 against it.")
     ] = None,
     split: Split = "test",
     n: Number = None,

@@ -32,7 +32,7 @@ def plot(
         str | None,
         typer.Option(help="graph, roc: a known circuit (see 'pahq truth') or a .json file of edges beside the runs."),
     ] = None,
-    against: Annotated[str | None, typer.Option(help="graph, roc: folder of another run beside the runs.")] = None,
+    against: Annotated[str | None, typer.Option(help="graph, roc: folder of another run or circuit.")] = None,
     edges: Annotated[int | None, typer.Option(help="graph: edges drawn at most, the largest (default: 300).")] = None,
     ranking: Annotated[
         str | None, typer.Option(help="roc: rank edges by absolute or signed scores (default: absolute).")
@@ -43,7 +43,7 @@ def plot(
     """Draw a figure for a paper, with its data as CSV.
 
     \b
-    graph         the circuit of a run (--truth, --against: over another)
+    graph         the circuit of a run or folder (--truth, --against: over another)
     roc           evaluations, comparisons; runs with --truth or --against
     faithfulness  metric recovered by size: evaluations, comparisons
     cost          time and memory: runs, evaluations, comparisons

@@ -12,8 +12,8 @@ from pahq.cli.running import guarded
 
 
 def view(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    against: Annotated[Path | None, typer.Option(help="Folder of another run to lay over this one's circuit.")] = None,
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run, or of a circuit.")],
+    against: Annotated[Path | None, typer.Option(help="Folder of another run or circuit to lay over this one.")] = None,
     truth: Annotated[
         str | None, typer.Option(help="A known circuit (see 'pahq truth') or a .json file of edges to lay over it.")
     ] = None,

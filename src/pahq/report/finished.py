@@ -1,4 +1,4 @@
-"""Finished runs as they lie in their folders, and short names that tell them apart."""
+"""Finished runs as they lie in their folders, circuits without one, and short names that tell runs apart."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pahq.errors import PahqError
-from pahq.evaluation.circuit import Circuit
+from pahq.evaluation.circuit import JSON_FILE, Circuit
 from pahq.files import read_json
 from pahq.method.registry import get_method
 from pahq.report.config import OBJECT, RunConfig
@@ -21,11 +21,17 @@ SIZES = ("threshold", "edges")
 
 
 @dataclass(frozen=True)
-class FinishedRun:
-    """circuit, record: what ``circuit.*`` and ``run.json`` hold; config: the run's options."""
+class CircuitFolder:
+    """A folder with a circuit: of a finished run, or what ``Circuit.save`` and ``pahq convert`` write."""
 
     path: Path
     circuit: Circuit
+
+
+@dataclass(frozen=True)
+class FinishedRun(CircuitFolder):
+    """circuit, record: what ``circuit.*`` and ``run.json`` hold; config: the run's options."""
+
     record: dict[str, Any]
     config: RunConfig
 
@@ -69,11 +75,25 @@ def finished_run(path: str | PathLike[str]) -> FinishedRun:
     if not (folder / RUN_FILE).exists():
         if (folder / START_FILE).exists():
             raise PahqError(f"{path}: this run is not finished; go on with it: pahq resume {path}")
+        if (folder / JSON_FILE).exists():
+            raise PahqError(
+                f"{path}: it holds a circuit but no run ({RUN_FILE} is missing); give it as --against, or open it with "
+                "Circuit.load"
+            )
         raise PahqError(f"{path}: there is no finished run ({RUN_FILE} is missing); check the path")
     record = read_json(folder / RUN_FILE)
     if not isinstance(record.get("config"), dict) or "study" in record:
         raise PahqError(f"{path}: not the folder of a run of pahq discover; check the path")
     return FinishedRun(folder, Circuit.load(folder), record, RunConfig.from_dict(record["config"], str(path)))
+
+
+def circuit_in(path: str | PathLike[str]) -> CircuitFolder:
+    """The finished run in a folder, or the circuit that lies there without one; raises PahqError as finished_run."""
+    folder = Path(path)
+    alone = not any((folder / name).exists() for name in (RUN_FILE, START_FILE))
+    if alone and (folder / JSON_FILE).exists():
+        return CircuitFolder(folder, Circuit.load(folder))
+    return finished_run(path)
 
 
 def group_names(runs: Sequence[FinishedRun]) -> dict[str, str]:

@@ -11,18 +11,18 @@ from pahq.errors import PahqError
 from pahq.evaluation.agreement import check_same
 from pahq.evaluation.reference import Reference, areas, is_ranking
 from pahq.evaluation.truth.base import Truth, load_truth, moved
-from pahq.report.finished import FinishedRun, finished_run, group_names
+from pahq.report.finished import CircuitFolder, FinishedRun, circuit_in, group_names
 from pahq.report.viewer.drawing import Overlay
 
 RANKINGS = ("absolute", "signed")
 """Edges are ranked by the size of their scores, or by signed scores."""
 
 
-def other_run(truth: str | None, against: str | PathLike[str] | None) -> FinishedRun | None:
-    """The run in ``against``, None without; raises PahqError where a truth is given as well."""
+def other_run(truth: str | None, against: str | PathLike[str] | None) -> CircuitFolder | None:
+    """The run or circuit in ``against``, None without; raises PahqError where a truth is given as well."""
     if truth is not None and against is not None:
         raise PahqError("truth, against: only one can be beside a run; give one of them")
-    return None if against is None else finished_run(against)
+    return None if against is None else circuit_in(against)
 
 
 def truths_of(runs: Sequence[FinishedRun], name: str | None) -> list[Truth | None]:
@@ -40,7 +40,7 @@ def truths_of(runs: Sequence[FinishedRun], name: str | None) -> list[Truth | Non
     return truths
 
 
-def reference_of(run: FinishedRun, truth: Truth | None, other: FinishedRun | None) -> Reference | None:
+def reference_of(run: FinishedRun, truth: Truth | None, other: CircuitFolder | None) -> Reference | None:
     """What the run is held against, on its own graph; None without truth and other run."""
     graph = run.circuit.graph
     if truth is not None:
@@ -51,7 +51,7 @@ def reference_of(run: FinishedRun, truth: Truth | None, other: FinishedRun | Non
     return Reference(str(other.path), graph, other.circuit.mask)
 
 
-def overlay_of(run: FinishedRun, truth: str | None, against: str | PathLike[str] | None) -> Overlay | None:
+def overlay_of(run: CircuitFolder, truth: str | None, against: str | PathLike[str] | None) -> Overlay | None:
     """The second circuit to lay over a run's, as edges of that one's graph; None without truth and other run."""
     graph, other = run.circuit.graph, other_run(truth, against)
     if other is not None:

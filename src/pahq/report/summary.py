@@ -15,14 +15,16 @@ from pahq.report.progress import as_time
 from pahq.report.tables import decimals
 
 
-def show(circuit: Circuit, record: dict[str, Any], console: Console | None = None) -> None:
+def show(circuit: Circuit, record: dict[str, Any] | None, console: Console | None = None) -> None:
     """Prints size, behaviour, work done and the ten largest edges to ``console`` (standard output by default)."""
     console = make_console() if console is None else console
     console.print(summary(circuit, record), highlight=False)
 
 
-def summary(circuit: Circuit, record: dict[str, Any]) -> RenderableType:
-    """The screen as a rich renderable. ``record``: the content of ``run.json``."""
+def summary(circuit: Circuit, record: dict[str, Any] | None) -> RenderableType:
+    """The screen as a rich renderable. ``record``: the content of ``run.json``; None for a circuit without a run."""
+    if record is None:
+        return _alone(circuit)
     config = record["config"]
     names = [config[name] for name in ("method", "model", "task", "metric")]
     title = Text(" · ".join([*names, _choice(record)]), style="bold")
@@ -36,10 +38,13 @@ def summary(circuit: Circuit, record: dict[str, Any]) -> RenderableType:
     return Group(*parts, *precision.screen(record), _largest(circuit, scored))
 
 
-def as_json(circuit: Circuit, record: dict[str, Any]) -> dict[str, Any]:
+def as_json(circuit: Circuit, record: dict[str, Any] | None) -> dict[str, Any]:
     """The same figures for programs."""
     facts = circuit.to_json()
     names = ("config", "size", "figures")
+    if record is None:
+        found = {name: facts[name] for name in names if name in facts}
+        return found | {"largest_edges": [edge._asdict() for edge in circuit.largest()]}
     return {
         **{name: facts[name] for name in names},
         "search": record["search"],
@@ -49,6 +54,12 @@ def as_json(circuit: Circuit, record: dict[str, Any]) -> dict[str, Any]:
         "peak_memory": record["peak_memory"],
         "largest_edges": [edge._asdict() for edge in circuit.largest()],
     }
+
+
+def _alone(circuit: Circuit) -> RenderableType:
+    """Of a circuit without a run: all that can be known."""
+    title = Text(f"{circuit.graph.config.name} · a circuit without a run", style="bold")
+    return Group(title, _size(circuit), _largest(circuit, scored=circuit.n_tested == 0))
 
 
 def _size(circuit: Circuit) -> RenderableType:

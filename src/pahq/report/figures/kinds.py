@@ -36,7 +36,7 @@ _EVALUATE = "make them first: pahq evaluate RUN... --out DIR, or pahq compare RU
 def graph(
     run: Folders | Circuit, *, truth: str | None = None, against: Folder | None = None, edges: int = circuit.MOST
 ) -> Chart:
-    """The circuit of one run, or a ``Circuit``: layers from bottom to top, heads side by side, MLPs at the right.
+    """The circuit of a run or folder, or a ``Circuit``: layers from bottom to top, heads in lanes, MLPs at the right.
 
     Colours tell what reads an edge (query, key, value, MLP, logits), widths its effect or score. truth: a known circuit
     (name or file), against: folder of another run; colours and dashes then tell the edges of both, of the first and of
@@ -45,15 +45,15 @@ def graph(
     if edges < 1:
         raise PahqError(f"edges: {edges} are too few to draw; give at least 1")
     if isinstance(run, Circuit):
-        found, overlay, scored = run, None, bool((run.order < 0).all())
+        found, overlay, scored = run, None, _scored(run)
         if truth is not None or against is not None:
             raise PahqError("truth, against: a circuit alone can be laid over nothing; give the folder of its run")
     else:
         of = only("graph", run, "the folder of a run of pahq discover")
-        if of.run is None:
+        if of.circuit is None:
             raise wrong("graph", of, "give the folder of a run of pahq discover")
-        found, overlay = of.run.circuit, overlay_of(of.run, truth, against)
-        scored = of.record.get("search", {}).get("selection") is not None
+        found, overlay = of.circuit.circuit, overlay_of(of.circuit, truth, against)
+        scored = of.record.get("search", {}).get("selection") is not None if of.run is not None else _scored(found)
     rows = circuit.graph_rows(found, overlay, edges)
     if not rows:
         raise PahqError("plot graph: the circuit has no edge, so there is nothing to draw; lower its threshold")
@@ -62,6 +62,11 @@ def graph(
     omitted = len(rows) - min(len(rows), edges)
     note = f"{omitted:,} of {len(rows):,} edges, the smallest, are not drawn (--edges sets how many are)"
     return Chart("graph", draw, rows, (note,) if omitted else ())
+
+
+def _scored(circuit: Circuit) -> bool:
+    """Whether scores stand in the place of effects, as far as a circuit alone can tell: nothing was tested."""
+    return circuit.n_tested == 0
 
 
 def roc(
@@ -121,7 +126,7 @@ def cost(folders: Folders) -> Chart:
     runs = costs_of_runs(found)
     results = [one for one in found if one.kind == "results"]
     for one in found:
-        if one.kind == "study":
+        if one.kind in ("study", "circuit"):
             raise wrong("cost", one, "give runs of pahq discover, or folders of pahq evaluate or compare")
     with reading(found[0]):
         rows = curves.cost_rows([*runs, *rows_of_results(results, "runs")])

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pahq.errors import PahqError
 from pahq.files import read_json
-from pahq.report.finished import FinishedRun, finished_run, group_names, run_names
+from pahq.report.finished import CircuitFolder, FinishedRun, circuit_in, group_names, run_names
 from pahq.report.folder import RUN_FILE
 from pahq.report.results import COMMANDS
 from pahq.report.results import FORMAT as RESULTS
@@ -28,12 +28,16 @@ NAMES = ("name", "group")
 
 @dataclass(frozen=True)
 class Source:
-    """kind: what made the folder. record: of a study or results. run: of ``pahq discover``, else None."""
+    """kind: what made the folder, or lies there. record: of a run, a study or results.
+
+    run: of ``pahq discover``, else None. circuit: the run's, or one that lies there without a run; else None.
+    """
 
     path: Path
-    kind: Literal["run", "study", "results"]
+    kind: Literal["run", "circuit", "study", "results"]
     record: dict[str, Any]
     run: FinishedRun | None = None
+    circuit: CircuitFolder | None = None
 
     @property
     def about(self) -> str:
@@ -42,6 +46,8 @@ class Source:
             return f"{self.path} is a study of pahq precision {self.record.get('study')}"
         if self.kind == "results":
             return f"{self.path} holds what pahq {COMMANDS.get(self.record.get('kind', ''), 'evaluate')} found"
+        if self.kind == "circuit":
+            return f"{self.path} holds a circuit but no run"
         return f"{self.path} is a run of pahq discover"
 
 
@@ -59,8 +65,10 @@ def source(path: Folder) -> Source:
         record = read_json(folder / RUN_FILE)
         if record.get("format") == STUDY:
             return Source(folder, "study", record)
-    run = finished_run(path)
-    return Source(folder, "run", run.record, run)
+    found = circuit_in(path)
+    if isinstance(found, FinishedRun):
+        return Source(folder, "run", found.record, found, found)
+    return Source(folder, "circuit", {}, circuit=found)
 
 
 def sources(kind: str, paths: Folders) -> list[Source]:
