@@ -189,7 +189,7 @@ def show(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Print the summary of a finished run again, or of a circuit without a run."""
+    """Print the summary of a finished run, or of a circuit, again."""
     from pahq.evaluation.circuit import JSON_FILE, Circuit
     from pahq.report.folder import RUN_FILE, START_FILE
 

@@ -43,7 +43,7 @@ def plot(
     """Draw a figure for a paper, with its data as CSV.
 
     \b
-    graph         the circuit of a run or folder (--truth, --against: over another)
+    graph         a circuit (--truth, --against: over another)
     roc           evaluations, comparisons; runs with --truth or --against
     faithfulness  metric recovered by size: evaluations, comparisons
     cost          time and memory: runs, evaluations, comparisons
