@@ -29,7 +29,8 @@ from pahq.evaluation.circuit import Circuit
 from pahq.evaluation.reference import Reference, areas
 from pahq.evaluation.truth.base import read_truth
 from pahq.report import figures
-from pahq.report.figures.chart import DPI, draw, inches_of
+from pahq.report.figures import curves
+from pahq.report.figures.chart import DPI, Chart, draw, inches_of
 from pahq.report.figures.style import COLUMN, PAGE, numeral
 from pahq.reproduction.figures import rtn
 
@@ -123,6 +124,15 @@ def test_text_lies_on_the_page_and_not_on_text(files: Path, kind: str, width: st
     check_readable(
         of(files, kind).figure(width, "A title that is rather long, so that it needs a second line in a column")
     )
+
+
+@pytest.mark.parametrize("seconds", [[0.0165], [0.0226, 0.0155], [0.0177, 0.0171]])
+def test_numbers_on_an_axis_keep_apart(seconds: list[float]) -> None:
+    costs = [{"seconds": s, "total_seconds": s, "host_bytes": 2**29, "device_bytes": None} for s in seconds]
+    rows = curves.cost_rows(
+        [{"name": f"run {s}", "group": "acdc", "cost": cost} for s, cost in zip(seconds, costs, strict=True)]
+    )
+    check_readable(Chart("cost", curves.draw_cost, rows).figure("column"))
 
 
 def test_the_check_of_text_can_fail(files: Path) -> None:

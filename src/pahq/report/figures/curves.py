@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from pahq.report.figures.chart import Draw
@@ -178,10 +179,12 @@ def draw_cost(figure: Any, rows: Sequence[Row]) -> None:
         bars = axes.barh(range(len(rows)), values, height=0.62, color=[of[row["group"]].colour for row in rows])
         axes.bar_label(bars, texts, padding=2, fontsize=SMALL)
         longest = max(map(len, texts)) * 0.62 * SMALL / 72 / (0.27 * figure.get_figwidth())  # of a panel
-        axes.set(xlabel=title, xlim=(0, max(values) / max(1 - longest, 0.3) or 1))
+        end = max(values) / max(1 - longest, 0.3) or 1
+        axes.set(xlabel=title, xlim=(0, end))
         for most in (3, 2, 1):  # as many numbers as there is room for
             ticks = [tick for tick in MaxNLocator(most).tick_values(0, max(values)) if 0 <= tick <= max(values)]
-            if sum(len(numeral(tick)) + 1.5 for tick in ticks) * 0.62 * SMALL / 72 < 0.27 * figure.get_figwidth():
+            apart = min((b - a for a, b in pairwise(ticks)), default=end) / end * 0.27 * figure.get_figwidth()
+            if (max(len(numeral(tick)) for tick in ticks) + 1.5) * 0.62 * SMALL / 72 < apart:
                 break
         axes.set_xticks(ticks)
         axes.xaxis.set_major_formatter(lambda value, _: numeral(value))
