@@ -15,6 +15,7 @@ import pytest
 import toys
 from browser import chromium, until
 from pahq.evaluation.circuit import Circuit
+from pahq.graph import Graph
 from pahq.model import ModelConfig, build
 from pahq.model.transformer import shapes
 from pahq.report.viewer.drawing import Overlay, kept_nodes
@@ -333,15 +334,20 @@ def test_a_circuit_fills_its_box_in_letters_that_can_be_read(
     browser.set_window_size(1280, 800)
 
 
+def page_of(browser: Any, path: Path, graph: Graph, names: list[str]) -> Page:
+    """The page of a circuit of these edges."""
+    mask = np.zeros(graph.shape, dtype=bool)
+    for name in names:
+        mask[graph.edge(name)] = True
+    circuit = Circuit(graph, mask, np.where(mask, 1.0, np.nan), np.where(mask, 0, -1))
+    write_page(path, page_data(circuit, record(), None))
+    return Page(browser, path)
+
+
 def test_heads_alone_in_their_layers_stand_apart(browser: Any, tmp_path: Path) -> None:
     graph, chosen = toys.graph(3, heads=4, groups=2), ["0.0", "1.1", "2.3"]
-    mask = np.zeros(graph.shape, dtype=bool)
-    for head in chosen:
-        mask[graph.edge(f"embed->a{head}.q")] = mask[graph.edge(f"a{head}->logits")] = True
-    mask[graph.edge("embed->a2.1.v")] = True
-    effects, order = np.where(mask, 1.0, np.nan), np.where(mask, 0, -1)
-    write_page(tmp_path / "lanes.html", page_data(Circuit(graph, mask, effects, order), record(), None))
-    page = Page(browser, tmp_path / "lanes.html")
+    names = [name for head in chosen for name in (f"embed->a{head}.q", f"a{head}->logits")]
+    page = page_of(browser, tmp_path / "lanes.html", graph, [*names, "embed->a2.1.v"])
     page.click("unused")  # checked on a page of so small a model
     at = "return viewer.cy.nodes(arguments[0]).filter(n => n.visible()).map(n => [n.data('label'), n.position('x')])"
     x = dict(page.js(at, ".head"))
@@ -353,12 +359,8 @@ def test_heads_alone_in_their_layers_stand_apart(browser: Any, tmp_path: Path) -
 def test_edges_go_round_nodes(browser: Any, tmp_path: Path) -> None:
     """The straight line from head 0.0 to the logits runs through head 2.1 here, as if into it and out of it."""
     graph = toys.graph(3, heads=4)
-    mask = np.zeros(graph.shape, dtype=bool)
-    for name in ("embed->a0.0.q", "a0.0->logits", "embed->a2.1.q", "a2.1->logits", "embed->a1.3.q", "a1.3->logits"):
-        mask[graph.edge(name)] = True
-    effects, order = np.where(mask, 1.0, np.nan), np.where(mask, 0, -1)
-    write_page(tmp_path / "round.html", page_data(Circuit(graph, mask, effects, order), record(), None))
-    page = Page(browser, tmp_path / "round.html")
+    names = ["embed->a0.0.q", "a0.0->logits", "embed->a2.1.q", "a2.1->logits", "embed->a1.3.q", "a1.3->logits"]
+    page = page_of(browser, tmp_path / "round.html", graph, names)
     sender, middle, receiver, head, width = page.js(
         "const e = viewer.cy.edges('.sent').filter(e => e.data('name') === 'a0.0->logits')[0];"
         "const h = viewer.cy.nodes('.head').filter(n => n.data('label') === '2.1')[0];"

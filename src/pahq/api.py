@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import fields, replace
-from difflib import get_close_matches
 from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pahq.course import Course, Found
-from pahq.errors import PahqError
+from pahq.errors import PahqError, choices
 from pahq.evaluation.behaviour import behaviour
 from pahq.evaluation.circuit import Circuit
 from pahq.files import read_json, write_json
@@ -91,8 +90,7 @@ def discover(
     known = [*signature(discover).parameters, *(field.name for field in fields(RunConfig))]
     known.remove("options")
     for name in (name for name in options if name not in known):
-        near = get_close_matches(name, known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else "see help(pahq.discover)"
+        hint = choices(name, known, otherwise="see help(pahq.discover)")
         raise PahqError(f"discover: '{name}' is unknown; {hint}")
     try:
         config = RunConfig(model=model_name, task=task_name, threshold=threshold, **options)

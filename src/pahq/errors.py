@@ -16,8 +16,13 @@ class PahqError(Exception):
         super().__init__(" ".join(str(message).split()))
 
 
-def choices(name: object, known: Iterable[str], word: str = "known:") -> str:
-    """The mend for a name that is unknown: the one that was probably meant, or all of them after ``word``."""
+def choices(name: object, known: Iterable[str], word: str = "known:", otherwise: str | None = None) -> str:
+    """The mend for a name that is unknown: the one that was probably meant, or all of them after ``word``.
+
+    otherwise: what to say in the place of all of them, where they are too many for a line.
+    """
     known = list(known)
     near = get_close_matches(str(name), known, n=1)
-    return f"did you mean '{near[0]}'?" if near else f"{word} {', '.join(known)}"
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return f"{word} {', '.join(known)}" if otherwise is None else otherwise

@@ -20,7 +20,8 @@ export function layout(nodes: NodeFacts[], used: Set<number>, compact: boolean, 
   nodes.forEach((node, at) => {
     if (used.has(at) || !compact) layers.set(node.layer, [...(layers.get(node.layer) ?? []), at]);
   });
-  const last = (kind?: string) => Math.max(0, ...nodes.filter((node) => node.kind === kind).map((node) => node.index));
+  const last = (kind: string) => Math.max(0, ...nodes.filter((node) => node.kind === kind).map((node) => node.index));
+  const lastHead = last("head"), share = (lastHead + 1) / (last("group") + 1); // share: heads that one group feeds
   const rows = [...layers.keys()].sort((a, b) => a - b);
   const of = (row: number, ...kinds: string[]) => (layers.get(row) ?? []).filter((at) => kinds.includes(nodes[at]!.kind));
   const heads = nodes.filter((node, at) => node.kind === "head" && (used.has(at) || !compact));
@@ -35,9 +36,8 @@ export function layout(nodes: NodeFacts[], used: Set<number>, compact: boolean, 
     heights.set(row, y);
     const line = (items: number[], apart: number) =>
       items.forEach((item, place) => places.set(item, { x: (place - (items.length - 1) / 2) * apart, y }));
-    lanes(beside.map((at) => nodes[at]!.index), last("head"), widest).forEach((lane, place) =>
+    lanes(beside.map((at) => nodes[at]!.index), lastHead, widest).forEach((lane, place) =>
       places.set(beside[place]!, { x: (lane - (widest - 1) / 2) * step, y }));
-    const share = (last("head") + 1) / (last("group") + 1); // heads that one group feeds
     for (const at of groups) {
       const fed = beside.filter((head) => Math.floor(nodes[head]!.index / share) === nodes[at]!.index);
       places.set(at, { x: fed.reduce((sum, head) => sum + places.get(head)!.x, 0) / Math.max(1, fed.length), y: y + height * 0.46 });
@@ -52,7 +52,7 @@ export function layout(nodes: NodeFacts[], used: Set<number>, compact: boolean, 
  * Which of `count` lanes the nodes with these rising indices (of 0 to `last`) stand in: left or right as in a whole
  * layer, each in its own, so that heads alone in their layers do not all stand in one column with their edges.
  */
-export function lanes(indices: number[], last: number, count: number): number[] {
+function lanes(indices: number[], last: number, count: number): number[] {
   const found: number[] = [];
   for (const index of indices) found.push(Math.max(Math.round((index / Math.max(1, last)) * (count - 1)), (found.at(-1) ?? -1) + 1));
   return found.map((lane, place) => Math.min(lane, count - found.length + place));
@@ -67,7 +67,7 @@ export function bend(from: Point, to: Point, kind: string, row: number): number 
 }
 
 /** A place that edges go round: its centre and how far off they keep. */
-export interface Obstacle extends Point { radius: number }
+interface Obstacle extends Point { radius: number }
 
 /**
  * The bend nearest to `wanted` with which an edge touches the fewest nodes: one that ran behind a node would look like

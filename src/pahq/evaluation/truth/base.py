@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pahq.errors import PahqError
+from pahq.errors import PahqError, choices
 from pahq.files import read_json, write_json
 from pahq.graph import Graph
 from pahq.model.config import ModelConfig
@@ -211,8 +210,7 @@ def load_truth(name: str, graph: Graph | None = None) -> Truth:
             return _family(family).load(name)
     if name.endswith(".json"):
         return read_truth(Path(name), graph)
-    near = get_close_matches(name, truth_names(), n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(truth_names())}"
+    hint = choices(name, truth_names(), "choose one of")
     raise PahqError(f"truth '{name}' is unknown; {hint} (or give {INTERPBENCH}CASE, or a .json file of edges)")
 
 

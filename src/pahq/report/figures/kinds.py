@@ -8,11 +8,10 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
-from pahq.errors import PahqError
+from pahq.errors import PahqError, choices
 from pahq.evaluation.circuit import Circuit
 from pahq.report.figures import KINDS, circuit, curves, decisions, precision
 from pahq.report.figures.chart import Chart, Draw
@@ -193,9 +192,7 @@ def plot(kind: str, folders: Sequence[Folder], **options: Any) -> Chart:
     Raises PahqError for an unknown kind, and for options that it does not have.
     """
     if kind not in KINDS:
-        near = get_close_matches(kind, KINDS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(KINDS)}"
-        raise PahqError(f"plot: kind '{kind}' is unknown; {hint}")
+        raise PahqError(f"plot: kind '{kind}' is unknown; {choices(kind, KINDS)}")
     make = globals()[kind]
     given = {name: value for name, value in options.items() if value is not None}
     known = inspect.signature(make).parameters
