@@ -16,8 +16,7 @@ import torch
 from hypothesis import given
 
 from chain_twin import ChainTwin, Edge, Values
-from pahq.engine import Batch, Engine, Marks, chain
-from pahq.engine import batch as batch_module
+from pahq.engine import Batch, Engine, Marks, arithmetic, chain
 from pahq.method.sweep import Sweep, visits
 from pahq.precision.policy import Policy, UnderTest, get_policy
 from random_models import Case, cases, drawn
@@ -96,7 +95,7 @@ def compare(count: int) -> tuple[list[float], list[float], Counter[str]]:
 @pytest.mark.parametrize("few", [False, True], ids=["whole", "pieces"])
 def test_states_agree(few: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if few:
-        monkeypatch.setattr(batch_module, "INPUT_ELEMENTS", 200)
+        monkeypatch.setitem(arithmetic.PIECE_ELEMENTS, "cpu", 200)
         monkeypatch.setattr(chain, "LOOP_ELEMENTS", 0)
     off, rough, seen = compare(60)
     near = float(np.mean(np.array(off) < 1e-5))

@@ -15,8 +15,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from pahq.engine import batch as batch_module
-from pahq.engine import chain
+from pahq.engine import arithmetic, chain
 from pahq.method import acdc
 from pahq.method.acdc import Acdc
 from pahq.precision import mixed
@@ -69,7 +68,7 @@ def test_double_precision(few: bool, exact: bool, monkeypatch: pytest.MonkeyPatc
     features: Counter[str] = Counter()
     decisions = 0
     if few:
-        monkeypatch.setattr(batch_module, "INPUT_ELEMENTS", 200)
+        monkeypatch.setitem(arithmetic.PIECE_ELEMENTS, "cpu", 200)
         monkeypatch.setattr(chain, "LOOP_ELEMENTS", 0)
 
     @drawn(20 if exact else 30)

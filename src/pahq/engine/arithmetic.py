@@ -6,7 +6,7 @@ called with consecutive pieces of its inputs. Shapes: S states, B examples, P po
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -19,8 +19,20 @@ from pahq.graph import Graph
 from pahq.precision.formats import Format, get_format
 
 EXACT = get_format("fp32")
+PIECE_ELEMENTS = {"cpu": 1 << 19, "gpu": 1 << 24}
+"""Numbers in residual streams that are worked on at a time: for each thread of a CPU what stays in its cache, on a GPU
+enough for its kernels to be worth their launch."""
 Walk = Callable[[slice, Tensor], Tensor]
 """(states counted from the step's first one, their inputs [s, B, P, d]) -> the node's values [s, B, P, …]"""
+
+
+def pieces(first: int, stop: int, stream: Tensor) -> Iterator[slice]:
+    """The states from ``first`` to ``stop``, some at a time; stream: the residual stream of one."""
+    on_cpu = stream.device.type == "cpu"
+    elements = PIECE_ELEMENTS["cpu"] * torch.get_num_threads() if on_cpu else PIECE_ELEMENTS["gpu"]
+    some = max(1, elements // stream.numel())
+    for begin in range(first, stop, some):
+        yield slice(begin, min(begin + some, stop))
 
 
 class Arithmetic:
@@ -29,6 +41,7 @@ class Arithmetic:
     exact: nodes in FP32 for heads under test, where those of ``nodes`` round; others: for other receivers, too.
     rounds: values are rounded, so that a product of a difference is not the difference of products.
     residual: format that sums in the residual stream are rounded to.
+    keeps: of a pass over a single state the products in MLPs are kept, for chains that start there.
     """
 
     chained = False
@@ -42,21 +55,22 @@ class Arithmetic:
         others: bool = False,
         rounds: bool = False,
         residual: Format = EXACT,
+        keeps: bool = False,
     ) -> None:
         self.graph, self.nodes, self.exact, self.others = graph, nodes, exact, others
-        self.rounds, self.residual = rounds, residual
+        self.rounds, self.residual, self.keeps = rounds, residual, keeps
         self._rows_of: dict[tuple[int, int], list[int]] = {}
         for row, receiver in enumerate(graph.receivers):
             for head in graph.heads_of(receiver) if receiver.is_attention else ():
                 self._rows_of.setdefault((receiver.layer, head), []).append(row)
         self.linear: dict[LinearKey, Products] = {}
-        """Of the batch's last state on the spine: products before nonlinearities, from which a chain can go on."""
+        """Products before nonlinearities from which a chain can go on: of the batch's last state on the spine."""
         self.tested = np.empty(0, dtype=np.int64)
 
     def begin(self, tested: np.ndarray, spine: np.ndarray) -> None:
         """Tells what the states of the next batch test (rows of receivers) and which ones later states build on."""
         self.tested, self.spine = tested, spine
-        self.linear.clear()
+        self.linear = {}
 
     def under_test(self, row: int, first: int) -> np.ndarray:
         """bool [S - first]: the states that compute a receiver's own node in FP32."""
@@ -90,6 +104,9 @@ class Arithmetic:
         layer, under = self.graph.receivers[row].layer, self.under_test(row, first)
 
         def walk(states: slice, x: Tensor) -> Tensor:
+            if self.keeps and len(self.spine) == 1:
+                out, self.linear["mlp", row, 0, level] = self.nodes.mlp_products(x[0], layer)
+                return out[None]
             return self._mixed(
                 under[states], x, lambda part: self.nodes.mlp(part, layer), lambda part: self._exact.mlp(part, layer)
             )

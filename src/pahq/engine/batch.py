@@ -13,13 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pahq.engine.arithmetic import Arithmetic
+from pahq.engine.arithmetic import Arithmetic, pieces
 from pahq.engine.marks import Marks, Reach, head_column, mlp_column
 from pahq.engine.state import Key, State, projections
 from pahq.graph import Graph
-
-INPUT_ELEMENTS = 1 << 19
-"""Numbers in the inputs that are worked on at a time."""
 
 
 @dataclass
@@ -132,12 +129,14 @@ def _visit(
 class BatchPass:
     """Carries a plan out. ``rows`` keeps what nodes give: key -> (first state, values [S - first, …]).
 
+    In a chain an MLP's are what it writes beyond the base state, as ``value`` knows.
     Inputs are made, used and dropped a few states at a time, so that they stay in the cache.
     """
 
     def __init__(self, state: State, maths: Arithmetic, batch: Batch) -> None:
         self.state, self.maths, self.nodes, self.batch = state, maths, maths.nodes, batch
         maths.begin(batch.tested_rows, batch.spine)
+        self.linear = maths.linear
         self.graph: Graph = state.graph
         self.rows: dict[Key, tuple[int, Tensor]] = {}
         self.steps: list[Step] = []
@@ -183,14 +182,23 @@ class BatchPass:
 
     def _input(self, step: Step, begin: int, end: int, start: Tensor, removed: list[int]) -> Tensor:
         """The same from ``start`` [B, P, d], the base's input without the candidates that are not in ``removed``."""
-        x = start.expand(end - begin, *start.shape).clone()
         if not self.maths.residual.is_exact:
-            return self._rounded_input(x, step, begin)
-        self._subtract(x, [i for i in removed if self.batch.applied[begin:end, i].any()], step, begin)
-        for sender in step.senders:
+            return self._rounded_input(start.expand(end - begin, *start.shape).clone(), step, begin)
+        removed = [removed[i] for i in np.flatnonzero(self.batch.applied[begin:end, removed].any(axis=0))]
+        senders = [sender for sender in step.senders if self.rows["out", sender, 0][0] < end]
+        first = max(begin, self.rows["out", senders[0], 0][0]) if senders else end
+        change = self._change(step, senders[0], first, end) if senders and not removed else None
+        if change is None:
+            x = start.expand(end - begin, *start.shape).clone()
+            self._subtract(x, removed, step, begin)
+        else:  # one pass over the memory, not a copy and a sum
+            x = start.new_empty((end - begin, *start.shape))
+            x[: first - begin] = start
+            torch.add(start, change, out=x[first - begin :])
+            senders = senders[1:]
+        for sender in senders:
             first = max(begin, self.rows["out", sender, 0][0])
-            if first < end:
-                self._add_change(x[first - begin :], step, sender, first, end)
+            self._add_change(x[first - begin :], step, sender, first, end)
         return x
 
     def _rounded_input(self, x: Tensor, step: Step, begin: int) -> Tensor:
@@ -222,12 +230,10 @@ class BatchPass:
     def _inputs(self, step: Step) -> Iterator[tuple[slice, Tensor]]:
         """The receiver's inputs, some states at a time: (states counted from ``step.first``, inputs)."""
         start, removed = self.state.input(step.row, step.level), step.removed
-        tokens = self.state.spans.read.shape[0] * self.state.spans.count(step.level)
-        some = max(1, INPUT_ELEMENTS // (tokens * self.nodes.model.config.d_model))
-        for begin in range(step.first, self.batch.n_states, some):
-            end = min(begin + some, self.batch.n_states)
+        for states in pieces(step.first, self.batch.n_states, start):
+            begin, end = states.start, states.stop
             if self.maths.residual.is_exact:  # what all states from here on lack is taken away once
-                common = [i for i in removed if self.batch.applied[begin:, i].all()]
+                common = [removed[i] for i in np.flatnonzero(self.batch.applied[begin:, removed].all(axis=0))]
                 if common:
                     removed = [i for i in removed if i not in common]
                     start = start[None].clone()
@@ -237,28 +243,47 @@ class BatchPass:
             self._keep_likely(step, x, begin)
             yield slice(begin - step.first, end - step.first), x
 
+    def value(self, key: Key, state: int) -> Tensor:
+        """What a node of ``rows`` gives in one state."""
+        first, values = self.rows[key]
+        what, column, _ = key
+        if what == "out" and self.maths.chained and self.graph.senders[column].kind == "mlp":
+            return values[state - first] + self.state.output(column, self.batch.marks.sender_reach(column))
+        return values[state - first].clone()
+
     def _keep_likely(self, step: Step, x: Tensor, begin: int) -> None:
         if begin <= self.likely < begin + len(x):
             self.likely_inputs[step.row] = x[self.likely - begin].clone()
 
     def _add_change(self, x: Tensor, step: Step, column: int, begin: int, end: int) -> None:
         """Adds to x [end - begin, B, P, d] what a sender writes beyond the base state."""
+        change = self._change(step, column, begin, end)
+        if change is not None:
+            x += change
+            return
         sender, level = self.graph.senders[column], self.batch.marks.sender_reach(column)
         first, values = self.rows["out", column, 0]
-        narrow = self.state.spans.narrow
-        # several readers, or states that build on each other: what a head writes is made once
-        whole = self.maths.chained or self.maths.rounds
-        if sender.kind == "head" and (whole or column in self._written or self._uses[column] > 1):
+        gap = values[begin - first : end - first] - self.state.output(column, level)
+        gap = self.state.spans.narrow(gap, level, step.level)
+        self.nodes.write_into(x, gap, sender.layer, sender.index)
+
+    def _change(self, step: Step, column: int, begin: int, end: int) -> Tensor | None:
+        """What a sender writes beyond the base state [end - begin, B, P, d], or None: a head's that one step reads."""
+        sender, level = self.graph.senders[column], self.batch.marks.sender_reach(column)
+        first, values = self.rows["out", column, 0]
+        if sender.kind == "head":
+            # several readers, or states that build on each other: what a head writes is made once
+            whole = self.maths.chained or self.maths.rounds
+            if not whole and column not in self._written and self._uses[column] == 1:
+                return None
             if column not in self._written:
                 base = self.state.output(column, level)
                 self._written[column] = self.maths.written(sender.layer, sender.index, first, values, base)
-            x += narrow(self._written[column][begin - first : end - first], level, step.level)
-            return
-        gap = narrow(values[begin - first : end - first] - self.state.output(column, level), level, step.level)
-        if sender.kind == "head":
-            self.nodes.write_into(x, gap, sender.layer, sender.index)
-        else:
-            x += gap
+            values = self._written[column]
+        change = values[begin - first : end - first]
+        if sender.kind != "head" and not self.maths.chained:
+            change = change - self.state.output(column, level)
+        return self.state.spans.narrow(change, level, step.level)
 
     def _let_go(self, step: Step) -> None:
         """Drops what the step's senders write where it was the last to read it."""

@@ -43,14 +43,20 @@ def deltas(values: Tensor, tip: Tensor, spine: Sequence[bool]) -> Tensor:
     return out
 
 
-def sums(change: Tensor, tip: Tensor, spine: Sequence[bool]) -> Tensor:
-    """The inverse of ``deltas``, in place in change [S, …]."""
+def sums(change: Tensor, tip: Tensor, spine: Sequence[bool], out: Tensor | None = None) -> Tensor:
+    """The inverse of ``deltas``, into out [S, …], or else in place in change [S, …]."""
     of = parents(spine)
     if change.device.type == "cpu" and (change[0].numel() >= LOOP_ELEMENTS or len(of) == 1):
-        rows = change.unbind()
-        for row, parent in zip(rows, of, strict=True):
-            row.add_(tip if parent < 0 else rows[parent])
-        return change
+        out = change if out is None else out
+        totals = out.unbind()
+        for row, total, parent in zip(change.unbind(), totals, of, strict=True):
+            torch.add(row, tip if parent < 0 else totals[parent], out=total)
+        return out
+    return _cumulated(change, tip, spine) if out is None else out.copy_(_cumulated(change, tip, spine))
+
+
+def _cumulated(change: Tensor, tip: Tensor, spine: Sequence[bool]) -> Tensor:
+    """``sums`` by a cumulative sum, in place: for a GPU, and for small states."""
     leaves = [state for state, on_spine in enumerate(spine) if not on_spine]
     if not leaves:
         return change.cumsum_(0).add_(tip)

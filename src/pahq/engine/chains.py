@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pahq.engine import chain
-from pahq.engine.arithmetic import Arithmetic, Walk
-from pahq.engine.marks import Reach, mlp_column
+from pahq.engine.arithmetic import Arithmetic, Walk, pieces
+from pahq.engine.marks import Reach
 from pahq.engine.nodes import Nodes
 from pahq.engine.state import Products, State
 from pahq.graph import Graph
@@ -77,6 +77,7 @@ class Chains(Arithmetic):
         return walk
 
     def mlp(self, row: int, first: int, level: Reach) -> Walk:
+        """The MLP of a receiver: what it writes beyond the base state."""
         layer = self.graph.receivers[row].layer
         cfg, block = self.nodes.model.config, self.nodes.model.frames[layer]
         mlp, ln2 = block.mlp, block.ln2
@@ -96,7 +97,7 @@ class Chains(Arithmetic):
         hidden, *gates = self.state.products(key, make)
         gate = gates[0] if gates else None
         acted = mlp.act_on(hidden, gate)
-        out = self.state.output(mlp_column(self.graph, layer), level)
+        out = torch.zeros_like(tip)
         under = self.under_test(row, first)
 
         def walk(states: slice, x: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ class Chains(Arithmetic):
             change = chain.deltas(x, tip, spine)
             self.nodes.flops.add("mlp", len(low) * change.numel() * cfg.d_mlp)
             tip = chain.last(x, tip, spine)
-            encoded = None if exact.any() else low[0].encode(change.flatten(0, -2))
+            encoded = None if exact.any() else low[0].encode(change.flatten(0, -2), spent=True)
             here = chain.sums(self._product(low[0], (names[0], layer, 0), change, exact, encoded), hidden, spine)
             hidden, opened = chain.last(here, hidden, spine), None
             if mlp.W_gate is not None and gate is not None:
@@ -123,12 +124,17 @@ class Chains(Arithmetic):
         return walk
 
     def written(self, layer: int, head: int, first: int, values: Tensor, base: Tensor) -> Tensor:
-        spine = self._spine(first, slice(0, len(values)))
-        change = chain.deltas(values, base, spine)
-        self.nodes.flops.add("out", change.numel() * self.nodes.model.config.d_model)
-        under = self.head_under_test(layer, head, first)
-        change = self._product(self.store.matrix("o", layer, head), ("o", layer, head), change, under)
-        return chain.sums(change, torch.zeros_like(change[0]), spine)
+        matrix, under = self.store.matrix("o", layer, head), self.head_under_test(layer, head, first)
+        out = values.new_empty((*values.shape[:-1], self.nodes.model.config.d_model))
+        self.nodes.flops.add("out", values[..., 0].numel() * values.shape[-1] * out.shape[-1])
+        tip, total = base, torch.zeros_like(out[0])
+        for states in pieces(0, len(values), total):
+            spine = self._spine(first, states)
+            change = chain.deltas(values[states], tip, spine)
+            tip = chain.last(values[states], tip, spine)
+            change = self._product(matrix, ("o", layer, head), change, under[states])
+            total = chain.last(chain.sums(change, total, spine, out[states]), total, spine)
+        return out
 
     def _is_end(self, first: int, states: slice) -> bool:
         return first + states.stop == len(self.spine)
@@ -141,8 +147,10 @@ class Chains(Arithmetic):
     ) -> Tensor:
         """Differences [s, B, P, k] times a matrix -> [s, B, P, o], in FP32 where the head is under test.
 
-        encoded: the differences in the matrix's format, if they are at hand.
+        encoded: the differences in the matrix's format, if they are at hand; else they are overwritten here.
         """
+        if encoded is not None:
+            return low.product(encoded).view(*change.shape[:-1], -1)
         if not under.any():
-            return low.multiply(change) if encoded is None else low.product(encoded).view(*change.shape[:-1], -1)
+            return low.multiply(change, spent=True)
         return self.mixed.product(low, key, change, under)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +34,7 @@ class Differences:
     ) -> None:
         self.graph, self.clean, self.reference, self.spans, self.nodes = graph, clean, reference, spans, nodes
         self._gap = gap
-        self._tables: dict[Reach, tuple[Tensor, list[bool]] | None] = {}
+        self._tables: dict[Reach, tuple[Tensor, np.ndarray] | None] = {}
 
     def one(self, column: int, level: Reach) -> Tensor:
         """[B, P, d] for one sender."""
@@ -56,11 +57,12 @@ class Differences:
             flat.addmm_(applied, gaps, alpha=-1)
             return
         # Senders tested one after the other lie side by side in the table: no copy is needed.
-        for column in range(first, first + count):
-            self.one(column, level)
+        values, known = table
+        for column in np.flatnonzero(~known[first : first + count]) + first:
+            self.one(int(column), level)
         spread = applied.new_zeros(applied.shape[0], count)
         spread[:, [column - first for column in columns]] = applied
-        flat.addmm_(spread, table[0][first : first + count].view(count, -1), alpha=-1)
+        flat.addmm_(spread, values[first : first + count].view(count, -1), alpha=-1)
 
     def _make(self, column: int, level: Reach) -> Tensor:
         if self._gap is not None:
@@ -72,12 +74,12 @@ class Differences:
             gap = self.nodes.write(gap, sender.layer, sender.index, KEPT)
         return gap.expand(self.spans.read.shape[0], -1, -1)
 
-    def _table(self, level: Reach) -> tuple[Tensor, list[bool]] | None:
+    def _table(self, level: Reach) -> tuple[Tensor, np.ndarray] | None:
         if level not in self._tables:
             x = self.clean.final
             shape = (len(self.graph.senders), self.spans.read.shape[0], self.spans.count(level), x.shape[-1])
             count = torch.Size(shape).numel()
             self._tables[level] = None
             if count * x.element_size() <= TABLE_BYTES:
-                self._tables[level] = (x.new_empty(shape), [False] * shape[0])
+                self._tables[level] = (x.new_empty(shape), np.zeros(shape[0], dtype=bool))
         return self._tables[level]

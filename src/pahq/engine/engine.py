@@ -220,7 +220,7 @@ class Engine:
 
     def _adopt_exact(self, rows: BatchPass, final: Final, state: int) -> None:
         lag = self._lag
-        lag.state.update(_changed(rows, state))
+        lag.state.update(_changed(rows, state), rows.linear)
         lag.edges, lag.metrics = [], {}
         if final is not None and state >= final[0]:
             lag.final = final[1][state - final[0]].clone()
@@ -264,6 +264,7 @@ class Engine:
         """Puts FP32's values in the place of the base's, which drifted from them."""
         self._catch_up(marks)
         self.state.become(self._lag.state)
+        self._lag.state.forget_products()  # chains alone need them
         self._start_chain(self._lag.final)
         if self.base_slack > self.tolerance:
             self._set_base(self._base_final, select=False)
@@ -279,15 +280,14 @@ class Engine:
             self._lag.edges += [batch.candidates[i] for i in np.flatnonzero(batch.applied[state])]
 
     def _adopt(self, one: Evaluated, state: int) -> None:
-        chained = self.policy.differences
-        self.state.update(_changed(one.rows, state), self.parts.chains.linear if chained else None)
+        self.state.update(_changed(one.rows, state), one.rows.linear)
         self.base_metric, self.base_slack = float(one.metrics[state]), float(one.slack[state])
         if one.final is None or state < one.final[0]:
             return
         first, final = one.final
         self._base_final = final[state - first].clone()
         read, at = one.read, state - first
-        if chained:
+        if self.policy.differences:
             screen, carried = self.vocabulary.screen, ()
             if screen is not None and read is not None and state == one.rows.likely:
                 carried = read.carried(screen.columns)
@@ -357,6 +357,7 @@ class Engine:
         self._set_base(final, select=True)
         self._lag = Lag(self._lag.state, final)
         self._lag.state.become(self.state)
+        self._lag.state.forget_products()
         self._drift = 0
 
     def _bytes(self, steps: list[Step], batch: Batch) -> int:
@@ -379,7 +380,5 @@ def _changed(rows: BatchPass, state: int) -> dict[Key, Tensor]:
         if state >= step.first and (step.removed or step.senders):
             known = rows.likely_inputs.get(step.row) if state == rows.likely else None
             changed["x", step.row, 0] = rows.input(step, state, state + 1)[0] if known is None else known
-    for key, (first, values) in rows.rows.items():
-        if state >= first:
-            changed[key] = values[state - first].clone()
+    changed |= {key: rows.value(key, state) for key, (first, _) in rows.rows.items() if state >= first}
     return changed

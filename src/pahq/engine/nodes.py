@@ -79,6 +79,16 @@ class Nodes:
             out[part] = block.mlp(block.ln2(rows[part]))
         return out.view(x.shape)
 
+    def mlp_products(self, x: Tensor, layer: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Residual x [B, P, d] of one state -> the MLP's output, and its hidden layer and gate if any [B, P, d_mlp]."""
+        mlp, ln2 = self.model.blocks[layer].mlp, self.model.blocks[layer].ln2
+        assert mlp is not None
+        assert ln2 is not None
+        self.flops.add("mlp", (3 if mlp.W_gate is not None else 2) * x.numel() * mlp.W_in.shape[1])
+        hidden, gate = mlp.hidden(ln2(x).flatten(0, -2))
+        out = mlp.write(mlp.act_on(hidden, gate)).view(x.shape)
+        return out, tuple(part.view(*x.shape[:-1], -1) for part in (hidden, gate) if part is not None)
+
     def write(self, z: Tensor, layer: int, head: int, component: str = "out") -> Tensor:
         """z [..., dh] of one head -> what it adds to the residual stream [..., d]. component: where it is counted."""
         self.flops.add(component, z.numel() * self.model.config.d_model)

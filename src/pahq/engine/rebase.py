@@ -41,7 +41,11 @@ class Rebase:
             if receiver.kind == "logits":
                 final = x
             else:
-                out = self.nodes.mlp(x[None], receiver.layer)[0]
+                if self.maths.keeps:
+                    out, products = self.nodes.mlp_products(x, receiver.layer)
+                    state.know(("mlp", row, 0, level), products)
+                else:
+                    out = self.nodes.mlp(x[None], receiver.layer)[0]
                 state.update({("out", mlp_column(self.graph, receiver.layer), 0): out})
         return final
 

@@ -110,7 +110,7 @@ def setup(
             graph, nodes, fine, policy.others_under_test, rounds=True, residual=policy.format("residual")
         )
         return Arithmetics(nodes, plain, plain, state, metric, vocabulary, store)
-    plain = Arithmetic(graph, nodes)
+    plain = Arithmetic(graph, nodes, keeps=policy.differences)
     return Arithmetics(nodes, plain, Chains(graph, nodes, state, store, scheduler), state, metric, vocabulary, store)
 
 

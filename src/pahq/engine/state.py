@@ -77,10 +77,19 @@ class State:
             self._linear |= {key: value for key, value in linear.items() if key[1] in rows}
 
     def become(self, other: State) -> None:
-        """Takes over another state's values; products are computed from them afresh."""
-        rows = {row for kind, row, _ in (*self.changed, *other.changed) if kind == "x"}
+        """Takes over another state's values, and those products of them that it has."""
+        inputs = [key for key in (*self.changed, *other.changed) if key[0] == "x"]
+        rows = {key[1] for key in inputs if self.changed.get(key) is not other.changed.get(key)}
         self._linear = {key: value for key, value in self._linear.items() if key[1] not in rows}
+        self._linear |= {key: value for key, value in other._linear.items() if key[1] in rows}
         self.changed = dict(other.changed)
+
+    def know(self, key: LinearKey, products: Products) -> None:
+        """Takes in products of a receiver's input in the base state, see ``products``."""
+        self._linear[key] = products
+
+    def forget_products(self) -> None:
+        self._linear.clear()
 
     def clear(self) -> None:
         """Back to the clean run."""

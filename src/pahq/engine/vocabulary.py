@@ -160,7 +160,7 @@ class VocabularyReadout:
         if chained is not None:
             change = chain.deltas(h, chained.base.h, chained.spine)
             self.moved = vocabulary.mean(change.square().sum(-1).double()).sqrt().cpu().numpy()
-            self._change = quantise(change.flatten(0, -2), chained.store.policy.format("unembed"))
+            self._change = quantise(change.flatten(0, -2), chained.store.policy.format("unembed"), spent=True)
 
     def product(
         self, columns: Tensor, low: LowMatrix | None, part: slice, offset: Tensor | None, passing: bool = False

@@ -114,7 +114,7 @@ class Attention:
     def project_all(self, x: Tensor, which: str) -> Tensor:
         """Normalised input x [..., T, d] shared by all heads -> [..., heads, T, dh] (groups for k and v)."""
         weight, bias, norm = self.parts(which)
-        out = x.unsqueeze(-3) @ weight
+        out = torch.einsum("...td,hdc->...htc", x, weight)  # x @ weight would make a copy of x for each head
         out = out if bias is None else out + bias[:, None, :]
         return out if norm is None else norm(out)
 

@@ -82,8 +82,11 @@ def require(fmt: Format, device: torch.device) -> None:
         raise PahqError(f"format '{fmt.name}': {device.type} devices cannot hold it; use bf16 or fp32, or the CPU")
 
 
-def quantise(x: Tensor, fmt: Format) -> Rounded:
-    """x [..., n, k] float32 -> its rows in ``fmt``. Where rows are scaled, one with NaN or infinity becomes NaN."""
+def quantise(x: Tensor, fmt: Format, spent: bool = False) -> Rounded:
+    """x [..., n, k] float32 -> its rows in ``fmt``. Where rows are scaled, one with NaN or infinity becomes NaN.
+
+    spent: x is not needed any more, and may be overwritten.
+    """
     if fmt.name in ("fp32", "tf32"):
         return Rounded(x, None)
     if fmt.largest is None:
@@ -91,7 +94,7 @@ def quantise(x: Tensor, fmt: Format) -> Rounded:
     scale = None
     if fmt.scaled:
         scale = row_scale(x, fmt)
-        x = x * scale.reciprocal()
+        x = x.mul_(scale.reciprocal()) if spent else x * scale.reciprocal()
     if fmt.storage == torch.int8:
         # scaled, nothing lies beyond 127
         return Rounded((x.round_() if fmt.scaled else x.round().clamp_(-127.0, 127.0)).to(torch.int8), scale)

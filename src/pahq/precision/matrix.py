@@ -33,13 +33,13 @@ class LowMatrix:
     def nbytes(self) -> int:
         return self.values.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
-    def encode(self, x: Tensor) -> Rounded:
-        """Rows x [n, k] float32 in the matrix's format, a scale for each."""
-        return quantise(x, self.fmt)
+    def encode(self, x: Tensor, spent: bool = False) -> Rounded:
+        """Rows x [n, k] float32 in the matrix's format, a scale for each. spent: x may be overwritten."""
+        return quantise(x, self.fmt, spent)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """Rows x [..., k] float32 -> low(x) @ low(W), float32 [..., o]."""
-        return self.product(self.encode(x.reshape(-1, x.shape[-1]))).view(*x.shape[:-1], -1)
+    def multiply(self, x: Tensor, spent: bool = False) -> Tensor:
+        """Rows x [..., k] float32 -> low(x) @ low(W), float32 [..., o]. spent: x may be overwritten."""
+        return self.product(self.encode(x.reshape(-1, x.shape[-1]), spent)).view(*x.shape[:-1], -1)
 
     def product(self, x: Rounded) -> Tensor:
         """Encoded rows [n, k] -> float32 [n, o]."""

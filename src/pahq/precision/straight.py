@@ -60,14 +60,14 @@ class StraightMatrix(LowMatrix):
 
     forward: LowMatrix
 
-    def encode(self, x: Tensor) -> Rounded:
+    def encode(self, x: Tensor, spent: bool = False) -> Rounded:
         """Rows x [n, k] as they are: a gradient has to find its way back to them."""
         return Rounded(x, None)
 
     def product(self, x: Rounded) -> Tensor:
         return self.multiply(x.values)
 
-    def multiply(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor, spent: bool = False) -> Tensor:
         """Rows x [..., k] float32 -> float32 [..., o]"""
         return through(x, self.forward.multiply, self.back)
 
