@@ -35,7 +35,8 @@ class Runner:
         before = read_json(out)
         if before.get("commit") != self.facts["commit"]:
             print(f"note: {out} was begun at commit {before.get('commit')}, now it is {self.facts['commit']}")
-        self.answers = before.get("answers", {})
+        commit = {"commit": before.get("commit")}
+        self.answers = {key: commit | answer for key, answer in before.get("answers", {}).items()}
         print(f"going on after {len(self.answers)} jobs in {out}")
 
     def start_task(self) -> None:
@@ -65,7 +66,7 @@ class Runner:
     def _run(self, key: str) -> None:
         if self.given.in_process:
             try:
-                self.answers[key] = work(json.loads(key)) | {"process_s": 0.0}
+                self.answers[key] = work(json.loads(key)) | {"process_s": 0.0, "commit": self.facts["commit"]}
             except PahqError as error:
                 self.failures[key] = f"failed: error: {error}"
             return
@@ -81,7 +82,8 @@ class Runner:
             reason = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
             self.failures[key] = f"failed: {reason[-1]}"
             return
-        self.answers[key] = json.loads(lines[-1]) | {"process_s": time.monotonic() - began}
+        known = {"process_s": time.monotonic() - began, "commit": self.facts["commit"]}
+        self.answers[key] = json.loads(lines[-1]) | known
 
 
 def _told(answer: Answer) -> str:

@@ -79,11 +79,11 @@ class TaskRun:
             "facts": self._facts,
             "timings": self._timings,
             "noise": self._noise,
-            "decisions": lambda: self._decisions(("pahq exact", "pahq"), DECIDED),
+            "decisions": lambda: self._decisions(self.given.decided_by, self.given.decided),
             "auc": self._curves,
             "rtn": self._rtn,
             "agreement": lambda: self._decisions(others, [self.given.reference]),
-            "full": lambda: self._decisions(others, DECIDED),
+            "full": lambda: self._decisions(others, self.given.decided),
         }
         for name, measure in parts.items():
             if name in self.given.parts:
@@ -213,7 +213,7 @@ class TaskRun:
         """AUC of the rows asked for; thresholds from the highest, whose sweeps are the shortest."""
         given = self.given
         points: dict[str, dict[str, Point]] = {row: {} for row in given.auc}
-        for threshold in sorted(given.thresholds, reverse=True):
+        for threshold in given.thresholds:
             for row in given.auc:
                 if row == SLOW and threshold not in (max(given.thresholds), given.reference):
                     continue
@@ -313,6 +313,8 @@ def options() -> argparse.Namespace:
     made.add_argument("--auc", default="fp32,pahq,pahq-values,rtn", help="rows that get an AUC")
     timed = ",".join(row for row in ROWS if row != SLOW)
     made.add_argument("--timed", default=timed, help="rows that are timed (default: all but rtn)")
+    made.add_argument("--decided", default=",".join(map(str, DECIDED)), help="thresholds of 'decisions'")
+    made.add_argument("--decided-by", default="pahq exact,pahq", help="rows whose decisions they are")
     made.add_argument("--repeats", type=int, default=3, help="draws of prompts that are timed (default 3)")
     made.add_argument("--sample", type=int, default=60, help="tests on which FP32's noise is measured (default 60)")
     made.add_argument("--parts", default=",".join(PARTS), help="what to measure (default %(default)s)")
@@ -326,19 +328,22 @@ def options() -> argparse.Namespace:
     given = made.parse_args()
     if given.quick:
         given.n, given.sweep_n, given.repeats, given.sample, given.thresholds = 8, 4, 1, 20, "0.3,0.1,0.05"
-    try:
-        given.thresholds = sorted({float(threshold) for threshold in given.thresholds.split(",")})
-    except ValueError:
-        made.error(f"--thresholds '{given.thresholds}': give numbers with commas, for example 0.1,0.05")
+    for name in ("thresholds", "decided"):
+        value = getattr(given, name)
+        try:
+            setattr(given, name, sorted({float(threshold) for threshold in value.split(",")}, reverse=True))
+        except ValueError:
+            made.error(f"--{name} '{value}': give numbers with commas, for example 0.1,0.05")
     given.parts = [*given.parts.split(","), *(["full"] if given.full else [])]
     for part in given.parts:
         if part not in (*PARTS, "full"):
             made.error(f"--parts '{part}' is no part of this benchmark; choose from {', '.join(PARTS)}")
-    given.auc, given.timed = given.auc.split(","), given.timed.split(",")
-    for name in ("auc", "timed"):
+    for name in ("auc", "timed", "decided_by"):
+        setattr(given, name, getattr(given, name).split(","))
         for row in getattr(given, name):
             if row not in ROWS:
-                made.error(f"--{name} '{row}' is no row of the table; choose from {', '.join(ROWS)}")
+                option = name.replace("_", "-")
+                made.error(f"--{option} '{row}' is no row of the table; choose from {', '.join(ROWS)}")
     return given
 
 
