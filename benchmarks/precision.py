@@ -256,7 +256,7 @@ class TaskRun:
 
     def table(self) -> None:
         given = self.given
-        agree = [f"agree_{threshold:g}" for threshold in sorted({given.reference, *DECIDED}, reverse=True)]
+        agree = [f"agree_{threshold:g}" for threshold in sorted({given.reference, *given.decided}, reverse=True)]
         columns = [(name, name.replace("_", " "), ".3%") for name in agree]
         columns += [("f1", "F1", ".3f"), ("auc", "AUC", ".3f"), ("pessimistic_auc", "pess. AUC", ".3f")]
         columns += [("time", "time s", ".1f"), ("weight_ratio", "weights", ".3f"), ("weights", "MiB", "MiB")]
@@ -318,7 +318,9 @@ def options() -> argparse.Namespace:
     made.add_argument("--repeats", type=int, default=3, help="draws of prompts that are timed (default 3)")
     made.add_argument("--sample", type=int, default=60, help="tests on which FP32's noise is measured (default 60)")
     made.add_argument("--parts", default=",".join(PARTS), help="what to measure (default %(default)s)")
-    made.add_argument("--full", action="store_true", help="agreement of every row at 0.01 and 0.001 too (long)")
+    made.add_argument(
+        "--full", action="store_true", help="agreement of every row at the thresholds of --decided too (long)"
+    )
     made.add_argument("--quick", action="store_true", help="4 prompts, one repeat, three thresholds")
     made.add_argument("--minutes", type=float, default=60.0, help="of each task, no sweep is begun later (default 60)")
     made.add_argument("--patience", type=float, default=30.0, help="minutes that one sweep may take (default 30)")

@@ -95,7 +95,7 @@ def compare(count: int) -> tuple[list[float], list[float], Counter[str]]:
 @pytest.mark.parametrize("few", [False, True], ids=["whole", "pieces"])
 def test_states_agree(few: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if few:
-        monkeypatch.setitem(arithmetic.PIECE_ELEMENTS, "cpu", 200)
+        monkeypatch.setitem(arithmetic.PIECE_ELEMENTS, "cpu", 200 // torch.get_num_threads())
         monkeypatch.setattr(chain, "LOOP_ELEMENTS", 0)
     off, rough, seen = compare(60)
     near = float(np.mean(np.array(off) < 1e-5))

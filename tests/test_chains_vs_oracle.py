@@ -7,6 +7,7 @@ tips, sums, direct edges, heads under test, the base state that goes on from a b
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +16,11 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from pahq.engine import arithmetic, chain
+from pahq.engine import Marks, arithmetic, chain
 from pahq.method import acdc
 from pahq.method.acdc import Acdc
 from pahq.precision import mixed
-from pahq.precision.policy import Policy, UnderTest
+from pahq.precision.policy import Policy, UnderTest, get_policy
 from random_models import Case, cases, drawn
 from test_engine_vs_oracle import compare, features_of, sequential, threshold_for
 
@@ -68,7 +69,7 @@ def test_double_precision(few: bool, exact: bool, monkeypatch: pytest.MonkeyPatc
     features: Counter[str] = Counter()
     decisions = 0
     if few:
-        monkeypatch.setitem(arithmetic.PIECE_ELEMENTS, "cpu", 200)
+        monkeypatch.setitem(arithmetic.PIECE_ELEMENTS, "cpu", 200 // torch.get_num_threads())
         monkeypatch.setattr(chain, "LOOP_ELEMENTS", 0)
 
     @drawn(20 if exact else 30)
@@ -129,3 +130,43 @@ def test_large_vocabulary_and_checkpoints(monkeypatch: pytest.MonkeyPatch) -> No
 
     run()
     assert screened
+
+
+def test_products_kept_of_fp32_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where FP32 took the base's place, what is known of its MLPs' products is what its inputs give."""
+    monkeypatch.setattr(acdc, "CHECKPOINT_TESTS", 20)
+    monkeypatch.setattr("pahq.engine.engine.DRIFT", 3)
+    found = {"settled": 0, "rebased": 0}
+
+    @drawn(25)
+    @given(case=cases(torch.float32))
+    def run(case: Case) -> None:
+        sweep = Acdc(case.model, case.prompts, case.acdc(threshold_for(case), policy=get_policy("int8")))
+        engine = sweep.engine
+
+        def compared(name: str, put: Callable[[Marks], None]) -> Callable[[Marks], None]:
+            def then(marks: Marks) -> None:
+                put(marks)
+                state = engine.state
+                changed = {row for kind, row, _ in state.changed if kind == "x"}
+                for (kind, row, _, level), products in list(state._linear.items()):
+                    block = case.model.blocks[case.graph.receivers[row].layer]
+                    if kind != "mlp" or row not in changed:
+                        continue
+                    assert block.mlp is not None
+                    assert block.ln2 is not None
+                    rows = block.ln2(state.input(row, level)).flatten(0, -2)
+                    for got, wanted in zip(products, block.mlp.hidden(rows), strict=False):
+                        assert wanted is not None
+                        assert torch.equal(got.flatten(0, -2), wanted)
+                    found[name] += 1
+                assert not engine._lag.state._linear
+
+            return then
+
+        monkeypatch.setattr(engine, "_settle", compared("settled", engine._settle))
+        monkeypatch.setattr(engine, "rebase", compared("rebased", engine.rebase))
+        sweep.run()
+
+    run()
+    assert min(found.values()) > 10

@@ -19,9 +19,11 @@ from pahq.graph import Graph
 from pahq.precision.formats import Format, get_format
 
 EXACT = get_format("fp32")
-PIECE_ELEMENTS = {"cpu": 1 << 19, "gpu": 1 << 24}
+PIECE_ELEMENTS = {"cpu": 1 << 19, "gpu": 1 << 22}
 """Numbers in residual streams that are worked on at a time: for each thread of a CPU what stays in its cache, on a GPU
 enough for its kernels to be worth their launch."""
+MOST_THREADS = 8
+"""Threads that count for that, so that working memory (some twenty times a piece in an MLP) keeps small."""
 Walk = Callable[[slice, Tensor], Tensor]
 """(states counted from the step's first one, their inputs [s, B, P, d]) -> the node's values [s, B, P, …]"""
 
@@ -29,7 +31,7 @@ Walk = Callable[[slice, Tensor], Tensor]
 def pieces(first: int, stop: int, stream: Tensor) -> Iterator[slice]:
     """The states from ``first`` to ``stop``, some at a time; stream: the residual stream of one."""
     on_cpu = stream.device.type == "cpu"
-    elements = PIECE_ELEMENTS["cpu"] * torch.get_num_threads() if on_cpu else PIECE_ELEMENTS["gpu"]
+    elements = PIECE_ELEMENTS["cpu"] * min(torch.get_num_threads(), MOST_THREADS) if on_cpu else PIECE_ELEMENTS["gpu"]
     some = max(1, elements // stream.numel())
     for begin in range(first, stop, some):
         yield slice(begin, min(begin + some, stop))
@@ -64,7 +66,8 @@ class Arithmetic:
             for head in graph.heads_of(receiver) if receiver.is_attention else ():
                 self._rows_of.setdefault((receiver.layer, head), []).append(row)
         self.linear: dict[LinearKey, Products] = {}
-        """Products before nonlinearities from which a chain can go on: of the batch's last state on the spine."""
+        """Products before nonlinearities from which a chain can go on: of the batch's last state on the spine, or of
+        the only one."""
         self.tested = np.empty(0, dtype=np.int64)
 
     def begin(self, tested: np.ndarray, spine: np.ndarray) -> None:

@@ -274,7 +274,7 @@ class BatchPass:
         if sender.kind == "head":
             # several readers, or states that build on each other: what a head writes is made once
             whole = self.maths.chained or self.maths.rounds
-            if not whole and column not in self._written and self._uses[column] == 1:
+            if not whole and column not in self._written and self._uses[column] <= 1:  # 0: after the run
                 return None
             if column not in self._written:
                 base = self.state.output(column, level)

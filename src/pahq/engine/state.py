@@ -29,7 +29,7 @@ one; queries, keys or values [B, P, dh] before their norm."""
 STARTED = 32
 """Receivers whose inputs at a start without all edges are kept at a time."""
 LINEAR_BYTES = 1 << 30
-"""Memory for products of the clean run; beyond it they are computed when needed."""
+"""Memory for products that may be needed; beyond it they are computed when they are."""
 
 
 class State:
@@ -85,8 +85,12 @@ class State:
         self.changed = dict(other.changed)
 
     def know(self, key: LinearKey, products: Products) -> None:
-        """Takes in products of a receiver's input in the base state, see ``products``."""
-        self._linear[key] = products
+        """Takes in products of a receiver's input in the base state, where there is room for them."""
+        if self._has_room(products):
+            self._linear[key] = products
+
+    def _has_room(self, more: Products) -> bool:
+        return sum(part.nbytes for held in (more, *self._linear.values()) for part in held) <= LINEAR_BYTES
 
     def forget_products(self) -> None:
         self._linear.clear()
@@ -101,8 +105,7 @@ class State:
         found = self._linear.get(key)
         if found is None:
             found = make()
-            held = sum(part.nbytes for value in self._linear.values() for part in value)
-            if held + sum(part.nbytes for part in found) <= LINEAR_BYTES or ("x", key[1], 0) in self.changed:
+            if ("x", key[1], 0) in self.changed or self._has_room(found):
                 self._linear[key] = found
         return found
 
