@@ -138,7 +138,7 @@ def test_products_kept_of_fp32_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pahq.engine.engine.DRIFT", 3)
     found = {"settled": 0, "rebased": 0}
 
-    @drawn(25)
+    @drawn(60)
     @given(case=cases(torch.float32))
     def run(case: Case) -> None:
         sweep = Acdc(case.model, case.prompts, case.acdc(threshold_for(case), policy=get_policy("int8")))
@@ -169,4 +169,4 @@ def test_products_kept_of_fp32_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         sweep.run()
 
     run()
-    assert min(found.values()) > 10
+    assert min(found.values()) > 5

@@ -16,6 +16,7 @@ from hypothesis import given
 
 import tiny
 from pahq.engine import Batch, engine
+from pahq.engine.screen import Screen
 from pahq.method import acdc, margin, measure
 from pahq.method.acdc import Acdc, AcdcOptions, AcdcResult, Decision, Progress
 from pahq.method.margin import Margin
@@ -332,3 +333,28 @@ def test_no_more_is_measured_both_ways_than_a_kind_lacks(monkeypatch: pytest.Mon
     assert all(size <= lacks for lacks, size in sizes if lacks)
     assert any(lacks for lacks, _ in sizes[1:])
     assert max(size for lacks, size in sizes if not lacks) > 8
+
+
+def test_what_the_screen_learns_is_free_of_low_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tail's exp(mean) is at most its mean exp: what a screened sum misses is never negative but for rounding."""
+    missed: list[float] = []
+    observe = Screen.observe
+
+    def noted(screen: Screen, what: float, estimate: float) -> None:
+        missed.append(what)
+        observe(screen, what, estimate)
+
+    monkeypatch.setattr(Screen, "observe", noted)
+    monkeypatch.setattr(engine, "MOST", 2.0)
+
+    @drawn(40)
+    @given(case=cases(torch.float32, vocab=400, metrics=("kl_div", "nll")))
+    def run(case: Case) -> None:
+        threshold = threshold_for(case)
+        options = case.acdc(threshold, policy=get_policy(("int8", "e4m3")[case.seed % 2]))
+        Acdc(case.model, case.prompts, options, screen=True).run()
+
+    run()
+    assert len(missed) > 40
+    assert min(missed) > -1e-5
+    assert max(missed) > 1e-5

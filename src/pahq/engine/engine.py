@@ -158,8 +158,9 @@ class Engine:
         rows = torch.tensor([state - first for state in states], device=final.device)
         read = self.vocabulary.read(final[rows], full=True)
         now.metrics[states], now.slack[states] = self.metric(read).cpu().numpy(), 0.0
-        for state, total in zip(states, read.logsumexp(), strict=True):
-            self._observe(now.read, state - first, total)
+        estimated, at = self._estimated(final[rows], now.read, [state - first for state in states])
+        for index, total in zip(at, read.logsumexp(), strict=True):
+            self._observe(estimated, index, total)
         self._check(now.metrics, now.rows.batch)
         # A screen that most states need to pass twice is a loss: do without until the next rebase.
         evaluated, again = self._since_rebase
@@ -295,9 +296,10 @@ class Engine:
         slack = 0.0 if read is None else float(read.slack[at])
         if slack > self.tolerance:  # also where the metric is known in full: the anchor shall follow
             already = not self.base_slack
+            estimated, (at,) = self._estimated(self._base_final[None], read, [at])
             total = self._set_base(self._base_final, select=False)
             if not already and total is not None:
-                self._observe(read, at, total)
+                self._observe(estimated, at, total)
 
     def _start_chain(self, final: Tensor, carried: Products = ()) -> VocabularyReadout:
         """Measures a base state as the states that are chained to it will be, over the likely tokens where that is so.
@@ -323,6 +325,20 @@ class Engine:
             read.know_logsumexp(total[None])
         self.base_metric = float(self.metric(read)[0])
         return total
+
+    def _estimated(
+        self, final: Tensor, read: VocabularyReadout | None, at: list[int]
+    ) -> tuple[VocabularyReadout | None, list[int]]:
+        """Screened sums of states in FP32, from which the screen can learn: a readout, and the states' places in it.
+
+        final: their residual streams [S, B, P, d] at the read positions; read, at: where they were measured. In a chain
+        that was in low precision, whose error would look like something the screen misses.
+        """
+        if read is None or read.missed is None or not self.policy.differences:
+            return read, at
+        exact = self.vocabulary.read(final)
+        exact.logsumexp()
+        return exact, list(range(len(final)))
 
     def _observe(self, read: VocabularyReadout | None, state: int, total: Tensor) -> None:
         """Tells the screen the log-sum-exp [B, P] of a state of a readout that it had estimated."""
