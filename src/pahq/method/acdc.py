@@ -33,7 +33,7 @@ HeadOrder = Literal["descending", "ascending"]
 SenderOrder = Literal["latest", "earliest"]
 BASE_TOLERANCE = 4e-3
 """Slack that the current metric may carry along, as a share of the threshold."""
-CHECKPOINT_TESTS = 512
+CHECKPOINT_TESTS = 256
 """A checkpoint is due at the end of a visit once so many tests were made since the last one."""
 
 

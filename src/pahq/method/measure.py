@@ -136,8 +136,10 @@ class Measurer:
         """Has the states summed in full on which a decision within its slack of the threshold would rest.
 
         Also those whose slack would make the recorded effect rough, and all of edges that stay; but where low precision
-        limits how exact an effect is in any case, no more of these than that. As far as guesses hold.
+        limits how exact an effect is in any case, no more of these than that. And those that FP32 would have to decide
+        for their slack alone. As far as guesses hold.
         """
+        margins = self.margin.of(self.engine.moved, self.engine.base_metric) if self.exact else self.engine.moved * 0.0
         low: set[int] = set()
         fine: set[int] = set()
         for state, parent in enumerate(self._parents):
@@ -147,6 +149,8 @@ class Measurer:
                 wanted = doubt > ROUGH_KEPT * size
             else:
                 wanted = over >= -doubt or doubt > ROUGH * size
+            if state not in self._fine:
+                wanted |= margins[state] < abs(over) <= margins[state] + doubt
             if doubt and wanted:
                 (fine if state in self._fine else low).update((state, parent))
             if self._ends(state, doubt):
