@@ -97,6 +97,12 @@ class Measurer:
         before, doubt = (base, base_slack) if parent < 0 else (metrics[parent], slack[parent])
         return float(before), float(metrics[state]), float(slack[state] + doubt)
 
+    @property
+    def _margins(self) -> np.ndarray:
+        """How far low precision may be off in each state's effect; 0 where that is not asked."""
+        moved = self.engine.moved
+        return self.margin.of(moved, self.engine.base_metric) if self.exact else np.zeros_like(moved)
+
     def _over(self, state: int) -> float:
         """How far a state's effect lies above the threshold."""
         before, after, _ = self._pair(state)
@@ -113,7 +119,7 @@ class Measurer:
         Both measures sum over the likely tokens alike, so that what that leaves out does not look like an error.
         Decisions about the former rest on FP32.
         """
-        margins = self.margin.of(self.engine.moved, self.engine.base_metric)
+        margins = self._margins
         unknown = [not self.margin.ready(kind) for kind in kinds[: len(self._parents)]]
         wanted = []
         for state in range(len(self._parents)):
@@ -139,7 +145,7 @@ class Measurer:
         limits how exact an effect is in any case, no more of these than that. And those that FP32 would have to decide
         for their slack alone. As far as guesses hold.
         """
-        margins = self.margin.of(self.engine.moved, self.engine.base_metric) if self.exact else self.engine.moved * 0.0
+        margins = self._margins
         low: set[int] = set()
         fine: set[int] = set()
         for state, parent in enumerate(self._parents):
@@ -163,7 +169,7 @@ class Measurer:
 
     def _refine(self) -> None:
         """Has the states measured in FP32 that low precision cannot decide, as far as guesses hold."""
-        margins = self.margin.of(self.engine.moved, self.engine.base_metric)
+        margins = self._margins
         again = True
         while again:
             again = False
