@@ -346,6 +346,7 @@ def test_what_the_screen_learns_is_free_of_low_precision(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Screen, "observe", noted)
     monkeypatch.setattr(engine, "MOST", 2.0)
+    monkeypatch.setattr(acdc, "BASE_TOLERANCE", 1e-3)  # so that it learns often
 
     @drawn(40)
     @given(case=cases(torch.float32, vocab=400, metrics=("kl_div", "nll")))
@@ -355,6 +356,6 @@ def test_what_the_screen_learns_is_free_of_low_precision(monkeypatch: pytest.Mon
         Acdc(case.model, case.prompts, options, screen=True).run()
 
     run()
-    assert len(missed) > 40
+    assert len(missed) > 20
     assert min(missed) > -1e-5
     assert max(missed) > 1e-5

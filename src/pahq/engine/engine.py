@@ -239,8 +239,8 @@ class Engine:
         """Makes a state of the last evaluated batch the base.
 
         Under a policy that quantises differences its values go on as they are, sums of low-precision products, until
-        ``DRIFT`` edges are gone and FP32's take their place; under one that quantises values they are evaluated once
-        more with no head under test.
+        ``DRIFT`` edges are gone, or the state is known in FP32, and FP32's take their place; under one that quantises
+        values they are evaluated once more with no head under test.
         """
         now = self._now
         assert now is not None
@@ -248,7 +248,7 @@ class Engine:
         if self.policy.differences:
             self._follow(batch, state)
             self._drift += int(batch.applied[state].sum())
-            if self._drift >= DRIFT:
+            if self._drift >= DRIFT or not self._lag.edges:  # or FP32 is there already
                 self._settle(batch.marks)
                 return
         if self.policy.values or (self.policy.differences and (state != now.rows.likely or not batch.spine[state])):

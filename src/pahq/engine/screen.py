@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pahq.engine.flops import CHUNK_ELEMENTS, Flops
+from pahq.model.products import long, wide
 from pahq.model.transformer import Transformer
 from pahq.precision.formats import Format
 from pahq.precision.matrix import LowMatrix, low_matrix
@@ -57,7 +58,8 @@ class Screen:
     def __init__(self, model: Transformer, flops: Flops, unembed: Format | None = None) -> None:
         """unembed: the unembedding's format in the products of states that form a chain."""
         self.model, self.flops, self.unembed = model, flops, unembed
-        self.spread = float(model.W_U.square().sum()) / model.W_U.numel()  # E |w . e|^2 for a unit vector e
+        length = float(torch.linalg.vector_norm(model.W_U))
+        self.spread = length**2 / model.W_U.numel()  # E |w . e|^2 for a unit vector e
         self._forget()
 
     def _forget(self) -> None:
@@ -83,11 +85,11 @@ class Screen:
         p /= mass[:, None].to(p.dtype)
         self.h, self.total = h, total
         log_p = logits[:, self.tokens] - total[:, None].to(logits.dtype)
-        self.log_bias = log_p - h @ self.columns  # so that log p_v + x_v = log_bias + h' . w_v
+        self.log_bias = log_p - wide(h, self.columns)  # so that log p_v + x_v = log_bias + h' . w_v
         self.flops.add("unembed", p.numel() * h.shape[-1])
         p[:, self.tokens] = 0  # summing the tail alone: 1 - top would be rounding noise where the tail is small
         self.tail = p.sum(-1, dtype=torch.float64).clamp(min=1e-30)
-        parts = [p[:, part] @ piece.T for part, piece in self.model.unembedding()]
+        parts = [long(p[:, part], piece.T) for part, piece in self.model.unembedding()]
         self.tail_mean = sum(parts[1:], parts[0]) / self.tail[:, None].to(p.dtype)
         return total
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from pahq.engine import chain
 from pahq.engine.flops import CHUNK_ELEMENTS, Flops
 from pahq.engine.screen import Screen
+from pahq.model.products import long, wide
 from pahq.model.transformer import Transformer
 from pahq.precision.formats import Rounded, quantise
 from pahq.precision.matrix import LowMatrix
@@ -20,6 +21,8 @@ SAFE_EXPONENT = 60.0
 """exp of a log-sum-exp up to here, either way, stays well inside float32's range."""
 Products = tuple[tuple[Tensor, Tensor], ...]
 """(columns [d, m], logits [N * P, m] of a state with them)"""
+SLAB = 1 << 13
+"""Columns of the unembedding that are copied to a metric's wider type at a time."""
 FAR_ELEMENTS = 1 << 24
 """Logits held at a time for states beyond that."""
 
@@ -62,16 +65,13 @@ class Vocabulary:
         for key, direction, bias in self._directions:
             if key is probabilities:
                 return direction, bias
-        wide = probabilities.dtype
-        direction = torch.zeros(
-            (*probabilities.shape[:-1], self.model.W_U.shape[0]), dtype=wide, device=self.model.device
-        )
-        for part, piece in self.model.unembedding():
-            columns = piece.to(wide).T
-            for example, p in enumerate(probabilities):
-                direction[example] += p[..., part] @ columns
-        b_U = self.model.b_U
-        bias = torch.zeros_like(probabilities[..., 0]) if b_U is None else probabilities @ b_U.to(wide)
+        dtype, b_U = probabilities.dtype, self.model.b_U
+        direction = probabilities.new_zeros((*probabilities.shape[:-1], self.model.W_U.shape[0]))
+        for whole, piece in self.model.unembedding():
+            slabs = piece.split(SLAB, dim=1)  # a few at a time, since they are copied to a wider type
+            for first, columns in zip(range(whole.start, whole.stop, SLAB), slabs, strict=True):
+                direction += long(probabilities[..., first : first + columns.shape[1]], columns.to(dtype).T)
+        bias = torch.zeros_like(probabilities[..., 0]) if b_U is None else probabilities @ b_U.to(dtype)
         self._directions.append((probabilities, direction, bias))
         return direction, bias
 
@@ -111,9 +111,9 @@ class ChainBase:
         if out is None:
             rows = self.h.reshape(-1, self.h.shape[-1])
             if rows.shape[0] * columns.shape[1] > FAR_ELEMENTS:
-                out = rows @ columns[:, part]
+                out = wide(rows, columns[:, part])
                 return out if offset is None else out.add_(offset[:, part])
-            out = rows @ columns
+            out = wide(rows, columns)
             if passing:
                 self._latest = ((columns, out),)
             else:
@@ -174,7 +174,7 @@ class VocabularyReadout:
         if self.base is not None:
             return self.base.logits(columns, part, offset, passing)[None].clone()
         if self.chained is None or self._change is None or low is None:
-            out = (self.h.reshape(-1, width) @ columns[:, part]).view(states, -1, columns[:, part].shape[1])
+            out = wide(self.h.reshape(-1, width), columns[:, part]).view(states, -1, columns[:, part].shape[1])
             return out if offset is None else out.add_(offset[:, part])
         tip = self.chained.base.logits(columns, part, None, passing)
         out = chain.sums(low.part(part).product(self._change).view(states, *tip.shape), tip, self.chained.spine)

@@ -31,7 +31,7 @@ from pahq.task.prompts import Prompts
 
 HeadOrder = Literal["descending", "ascending"]
 SenderOrder = Literal["latest", "earliest"]
-BASE_TOLERANCE = 4e-3
+BASE_TOLERANCE = 1.5e-2
 """Slack that the current metric may carry along, as a share of the threshold."""
 CHECKPOINT_TESTS = 256
 """A checkpoint is due at the end of a visit once so many tests were made since the last one."""

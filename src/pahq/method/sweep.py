@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pahq.engine.marks import Marks, head_column, mlp_column
-from pahq.graph import Graph
+from pahq.graph import Graph, Receiver
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,20 @@ def visits(graph: Graph, ascending_heads: bool = False, earliest_first: bool = F
     """
     order: list[Visit] = []
     rows = {receiver: row for row, receiver in enumerate(graph.receivers)}
+    senders = _senders(graph, ascending_heads, earliest_first)
+
+    def upstream(receiver: Receiver) -> tuple[int, ...]:
+        count = graph.n_upstream(receiver)
+        return tuple(column for column in senders if column < count)
+
     for layer in reversed(range(graph.config.n_layers + 1)):
         here = [r for r in graph.receivers if r.layer == layer]
         for kind in ("logits", "mlp"):
-            order += [
-                Visit(rows[r], _senders(graph, rows[r], ascending_heads, earliest_first), True)
-                for r in here
-                if r.kind == kind
-            ]
+            order += [Visit(rows[r], upstream(r), True) for r in here if r.kind == kind]
         attention = [r for kind in ("qkv", "v", "k", "q") for r in reversed(here) if r.kind == kind]
         if graph.direct_edges:
             order += [Visit(rows[r], (graph.direct,), False) for r in attention]
-        order += [Visit(rows[r], _senders(graph, rows[r], ascending_heads, earliest_first), True) for r in attention]
+        order += [Visit(rows[r], upstream(r), True) for r in attention]
     return order
 
 
@@ -57,9 +59,8 @@ def restricted(order: list[Visit], mask: np.ndarray, strength: np.ndarray | None
     return visited
 
 
-def _senders(graph: Graph, row: int, ascending_heads: bool, earliest_first: bool) -> tuple[int, ...]:
-    """The senders of a receiver, latest first: a layer's MLP, its heads, the layer below, …, the embeddings."""
-    upstream = graph.n_upstream(graph.receivers[row])
+def _senders(graph: Graph, ascending_heads: bool, earliest_first: bool) -> list[int]:
+    """All senders, latest first: the last layer's MLP, its heads, the layer below, …, the embeddings."""
     groups: list[list[int]] = []
     for layer in reversed(range(graph.config.n_layers)):
         heads = [head_column(graph, layer, head) for head in range(graph.config.n_heads)]
@@ -68,7 +69,7 @@ def _senders(graph: Graph, row: int, ascending_heads: bool, earliest_first: bool
     groups += [[0], [1]] if graph.split_pos else [[0]]
     if earliest_first:
         groups.reverse()
-    return tuple(column for group in groups for column in group if column < upstream)
+    return [column for group in groups for column in group]
 
 
 class Sweep:

@@ -15,6 +15,7 @@ from torch import Tensor
 from pahq.errors import PahqError
 from pahq.model.components import MLP, Attention, Norm, Rotary, allowed_keys
 from pahq.model.config import ModelConfig
+from pahq.model.products import wide
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Transformer:
 
     def times_unembedding(self, h: Tensor) -> Tensor:
         """h [..., d] @ W_U -> [..., V]"""
-        parts = [h @ piece for _, piece in self.unembedding()]
+        parts = [wide(h, piece) for _, piece in self.unembedding()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def columns(self, tokens: Tensor) -> Tensor:
