@@ -9,7 +9,8 @@ F1      of the kept edges against the FP32 circuit of the same threshold, prompt
 AUC     of a sweep of thresholds against the FP32 circuit at the reference threshold: standard (trapezoids), and
         the ACDC paper's pessimistic one. FP32's own row says what these very thresholds allow: its circuits at others
         than the reference lack some of the reference's edges, too.
-time    of a sweep, construction included, in a process of its own after the model is warm.
+time    of a sweep, construction included, in a process of its own after the model is warm. Plain passes are timed in
+        each of these, before and after its sweep; the median over the processes of a draw counts, since they differ.
 weights on a device: low-precision copies, and buffers for the FP32 weights that stream; share of FP32's bytes.
 peak    resident memory of that process (the model's FP32 weights, which are on the same host here, included).
 
@@ -130,7 +131,7 @@ class TaskRun:
         pfe: dict[str, list[float]] = {row: [] for row in REPEATED}
         seconds: dict[str, list[float]] = {row: [] for row in ROWS}
         for repeat in range(given.repeats):
-            spent: dict[str, float] = {}
+            spent, tests, plain = dict[str, float](), dict[str, int](), list[float]()
             for row in given.timed if repeat == 0 else [row for row in given.timed if row in REPEATED]:
                 found = self.runner.ask(
                     self.task,
@@ -147,12 +148,14 @@ class TaskRun:
                 spent[row] = found["seconds"]
                 seconds[row].append(found["seconds"])
                 if row in REPEATED:
-                    pfe[row].append(found["seconds"] / found["tests"] / found["plain_s"])
+                    tests[row] = found["tests"]
+                    plain.append(found["plain_s"])
                 if repeat == 0:
                     kept[row] = np.array(found["kept"], dtype=np.int64)
                     self.rows[row] |= {"peak": found["peak_bytes"], "kept": len(found["kept"])}
-            for row in REPEATED:
-                if row in spent and "fp32" in spent:
+            for row in tests:
+                pfe[row].append(spent[row] / tests[row] / median(plain))
+                if "fp32" in spent:
                     ratios[row].append(spent[row] / spent["fp32"])
         for row, times in seconds.items():
             if times:
