@@ -118,3 +118,29 @@ def test_another_parent_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chain, "LOOP_ELEMENTS", 0)
     off, _, _ = compare(20)
     assert float(np.mean(np.array(off) < 1e-5)) < 0.9
+
+
+def test_a_base_that_was_evaluated_in_fp32_is_fp32s() -> None:
+    known, unknown = list[float](), list[float]()
+
+    @drawn(30)
+    @given(case=cases(torch.float32))
+    def run(case: Case) -> None:
+        marks, batch = drawn_batch(case)
+        spine, policy = np.flatnonzero(batch.spine), policy_of(case)
+        if not len(spine):
+            return
+        state, true = int(spine[-1]), 0.0
+        for off, wanted in ((known, [state]), (unknown, [])):
+            engine = Engine(
+                case.model, case.prompts, case.graph, case.metric, case.ablation, screen=False, policy=policy
+            )
+            engine.rebase(marks)
+            engine.evaluate(batch)
+            true = engine.refine(wanted)[state][0] if wanted else true
+            engine.commit(state)
+            off.append(abs(engine.base_metric - true) / max(1.0, abs(true)))
+
+    run()
+    assert len(known) > 10
+    assert max(known) < 1e-5 < max(unknown)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pahq.model.products import BLOCK, FEW_ROWS, long, wide
+from pahq.model.products import BLOCK, FEW_ROWS, MOST_BLOCKS, long, wide
 
 Product = Callable[[Tensor, Tensor], Tensor]
 BOTH = pytest.mark.parametrize("product", [wide, long])
-SIZES = [BLOCK // 2, 2 * BLOCK, 2 * BLOCK + 1, 3 * BLOCK - 1]
+SIZES = [BLOCK // 2, 2 * BLOCK, 2 * BLOCK + 1, 3 * BLOCK - 1, MOST_BLOCKS * (BLOCK + 1) + 5]
 
 
 def factors(product: Product, rows: tuple[int, ...], size: int, transposed: bool) -> tuple[Tensor, Tensor]:
@@ -49,6 +49,19 @@ def test_few_rows_are_multiplied_by_blocks(product: Product, monkeypatch: pytest
         product(*factors(product, (rows,), 2 * BLOCK + 5, True))
     block = (2, 7, BLOCK) if product is wide else (2, BLOCK, 7)
     assert taken == [torch.Size(block)] * 2
+
+
+def test_a_long_matrix_has_few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    bmm = torch.bmm
+
+    def noted(x: Tensor, y: Tensor) -> Tensor:
+        counts.append(len(y))
+        return bmm(x, y)
+
+    monkeypatch.setattr(torch, "bmm", noted)
+    long(*factors(long, (2,), 50 * BLOCK + 3, False))
+    assert counts == [MOST_BLOCKS]
 
 
 @BOTH

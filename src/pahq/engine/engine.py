@@ -35,7 +35,7 @@ ENOUGH_STATES, MOST = 64, 0.7
 MEMORY_LIMIT = 2 << 30
 """Bytes that the values of one batch of states may take by default."""
 DRIFT = 64
-"""Edges removed from a base in low precision until its values are replaced by FP32's."""
+"""Edges removed from a base in low precision until FP32's values replace its own, if they were not at hand before."""
 
 
 class Engine:
@@ -238,9 +238,9 @@ class Engine:
     def commit(self, state: int) -> None:
         """Makes a state of the last evaluated batch the base.
 
-        Under a policy that quantises differences its values go on as they are, sums of low-precision products, until
-        ``DRIFT`` edges are gone, or the state is known in FP32, and FP32's take their place; under one that quantises
-        values they are evaluated once more with no head under test.
+        Under a policy that quantises differences its values go on as they are, sums of low-precision products. FP32's
+        take their place where the state was evaluated in FP32, and after ``DRIFT`` edges in any case. Under a policy
+        that quantises values they are evaluated once more with no head under test.
         """
         now = self._now
         assert now is not None
@@ -266,9 +266,9 @@ class Engine:
         self._catch_up(marks)
         self.state.become(self._lag.state)
         self._lag.state.forget_products()  # chains alone need them
-        self._start_chain(self._lag.final)
+        read = self._start_chain(self._lag.final)
         if self.base_slack > self.tolerance:
-            self._set_base(self._base_final, select=False)
+            self._follow_anchor(read, 0)
         self._now, self._drift = None, 0
         self._lag.forget_batch()
 
@@ -295,11 +295,14 @@ class Engine:
             read, at = self._start_chain(self._base_final, carried), 0
         slack = 0.0 if read is None else float(read.slack[at])
         if slack > self.tolerance:  # also where the metric is known in full: the anchor shall follow
-            already = not self.base_slack
-            estimated, (at,) = self._estimated(self._base_final[None], read, [at])
-            total = self._set_base(self._base_final, select=False)
-            if not already and total is not None:
-                self._observe(estimated, at, total)
+            self._follow_anchor(read, at, learns=self.base_slack > 0)
+
+    def _follow_anchor(self, read: VocabularyReadout | None, at: int, learns: bool = True) -> None:
+        """Measures the base in full and anchors the screen there, which learns. read, at: where it was screened."""
+        estimated, (at,) = self._estimated(self._base_final[None], read, [at])
+        total = self._set_base(self._base_final, select=False)
+        if learns and total is not None:
+            self._observe(estimated, at, total)
 
     def _start_chain(self, final: Tensor, carried: Products = ()) -> VocabularyReadout:
         """Measures a base state as the states that are chained to it will be, over the likely tokens where that is so.

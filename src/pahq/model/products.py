@@ -12,13 +12,15 @@ from torch import Tensor
 FEW_ROWS = 128
 """Up to so many rows blocks are faster."""
 BLOCK = 1024
-"""Columns, or rows, of the matrix in a block."""
+"""Columns of a wide matrix in a block; rows of a long one, at least: …"""
+MOST_BLOCKS = 16
+"""… every block of a long matrix gives a result of its own, and these are added up."""
 
 
 def wide(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., k] @ weight [k, o] -> [..., o], o being large."""
     rows = x.reshape(-1, x.shape[-1])
-    cut = _cut(rows, weight.shape[1])
+    cut = _cut(rows, weight.shape[1], BLOCK)
     if not cut:
         return x @ weight
     blocks = weight[:, :cut].unflatten(1, (-1, BLOCK)).movedim(1, 0)  # [b, k, BLOCK], a view
@@ -31,17 +33,18 @@ def wide(x: Tensor, weight: Tensor) -> Tensor:
 def long(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., k] @ weight [k, o] -> [..., o], k being large."""
     rows = x.reshape(-1, x.shape[-1])
-    cut = _cut(rows, weight.shape[0])
+    block = max(BLOCK, weight.shape[0] // MOST_BLOCKS)
+    cut = _cut(rows, weight.shape[0], block)
     if not cut:
         return x @ weight
-    blocks = weight[:cut].unflatten(0, (-1, BLOCK))
-    out = torch.bmm(rows[:, :cut].unflatten(1, (-1, BLOCK)).movedim(1, 0), blocks).sum(0)
+    blocks = weight[:cut].unflatten(0, (-1, block))
+    out = torch.bmm(rows[:, :cut].unflatten(1, (-1, block)).movedim(1, 0), blocks).sum(0)
     if cut < weight.shape[0]:
         out += rows[:, cut:] @ weight[cut:]
     return out.view(*x.shape[:-1], -1)
 
 
-def _cut(rows: Tensor, size: int) -> int:
+def _cut(rows: Tensor, size: int, block: int) -> int:
     """How much of a matrix's size goes into blocks."""
     few = rows.device.type == "cpu" and 0 < len(rows) <= FEW_ROWS
-    return size - size % BLOCK if few and size >= 2 * BLOCK else 0
+    return size - size % block if few and size >= 2 * block else 0
