@@ -17,6 +17,8 @@ from fake_cuda import World
 from pahq.precision import cuda
 from pahq.precision.buffers import Loader
 from pahq.precision.cuda import CudaScheduler
+from pahq.precision.differentiable import differentiable
+from pahq.precision.policy import get_policy
 from pahq.precision.schedule import STREAMS, Done, make_scheduler
 from pahq.precision.streamed import streamed
 from pahq.precision.trace import Trace
@@ -254,6 +256,17 @@ def test_gpu_streamed_model_agrees_with_the_plain_one() -> None:
         expected = plain.to(DEVICE).forward(tokens.to(DEVICE))
         for _ in range(5):
             torch.testing.assert_close(model.forward(tokens.to(DEVICE)), expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_gpu
+@pytest.mark.parametrize("policy", ["pahq", "pahq-values", "rtn"])
+def test_gpu_streamed_model_in_low_precision_agrees_with_the_plain_one(policy: str) -> None:
+    plain = tiny.transformer(layers=4)
+    tokens = torch.randint(0, tiny.WORDS, (4, 8), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    with make_scheduler(DEVICE) as scheduler:
+        model = differentiable(streamed(plain, DEVICE, scheduler), get_policy(policy))
+        expected = differentiable(plain.to(DEVICE), get_policy(policy)).forward(tokens)
+        torch.testing.assert_close(model.forward(tokens), expected, rtol=1e-4, atol=1e-5)
 
 
 @needs_gpu

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import tiny
 from pahq.model.config import ModelConfig
 from pahq.model.transformer import Transformer, build
+from pahq.precision.formats import round_to
 from pahq.precision.matrix import low_matrix
 from pahq.precision.policy import FP32, get_policy
 from pahq.precision.store import Held, WeightStore, component_of
@@ -112,12 +115,27 @@ def test_component_of(name: str, component: str) -> None:
 
 
 def test_rounded_embeddings_count() -> None:
-    """Under a policy that rounds values the embeddings are copies, too, in the model's own type."""
+    """Under a policy that rounds values the embeddings are copies, too."""
     model, policy = tiny.transformer(2), get_policy("rtn")
     store = WeightStore(model, policy)
     rounded_model(model, policy, store)
-    held = {entry.component: entry for entry in store.held()}
+    held = [entry for entry in store.held() if entry.component in ("embed", "unembed")]
     assert model.W_pos is not None
-    assert held["embed"] == Held("embed", policy.formats["embed"], "device", model.W_E.nbytes + model.W_pos.nbytes)
-    assert held["unembed"].nbytes == model.W_U.nbytes
+    assert held == [
+        Held("embed", policy.formats["embed"], "device", model.W_E.numel()),
+        Held("embed", "fp32", "device", model.W_pos.nbytes),
+        Held("unembed", policy.formats["unembed"], "device", model.W_U.numel()),
+    ]
     assert store.held() == sorted(store.held())
+
+
+@pytest.mark.parametrize(("table", "shared"), [("rtn", True), ("values:embed=bf16,unembed=e4m3", False)])
+def test_tied_embeddings_are_held_once_in_one_format(table: str, shared: bool) -> None:
+    model, policy = tiny.transformer(2), get_policy(table)
+    model = replace(model, W_U=model.W_E.T)
+    store = WeightStore(model, policy)
+    low = rounded_model(model, policy, store)
+    assert torch.equal(low.embed_tokens(torch.arange(3)), round_to(model.W_E, policy.format("embed"))[:3])
+    assert torch.equal(low.columns(torch.arange(3)), round_to(model.W_E, policy.format("unembed"))[:3])
+    held = {entry.component for entry in store.held() if entry.format != "fp32"}
+    assert held & {"embed", "unembed"} == ({"unembed"} if shared else {"embed", "unembed"})

@@ -9,15 +9,17 @@ import pytest
 import torch
 from hypothesis import given
 
+from pahq.engine.gradients import Gradients
 from pahq.method.acdc import Acdc, AcdcOptions, AcdcResult
 from pahq.model.transformer import Transformer
+from pahq.precision.differentiable import differentiable
 from pahq.precision.policy import get_policy
 from pahq.precision.schedule import Scheduler, make_scheduler
 from pahq.precision.streamed import streamed
 from pahq.precision.trace import Trace
 from random_models import Case, cases, drawn
 
-POLICIES = ("fp32", "bf16", "int8", "pahq")
+POLICIES = ("fp32", "bf16", "int8", "pahq", "pahq-values", "rtn")
 
 
 def sweep(case: Case, policy: str, model: Transformer, scheduler: Scheduler | None) -> AcdcResult:
@@ -48,6 +50,22 @@ def test_same_sweep(policy: str, threads: bool) -> None:
             dataclasses.astuple(d) for d in expected.decisions
         ]
         assert np.array_equal(result.mask, expected.mask)
+
+    run()
+
+
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "fp32"])
+def test_same_gradients(policy: str) -> None:
+    @drawn(6)
+    @given(case=cases(torch.float32))
+    def run(case: Case) -> None:
+        found = []
+        with make_scheduler("cpu") as scheduler:
+            for model in (case.model, streamed(case.model, "cpu", scheduler, copy=True)):
+                low = differentiable(model, get_policy(policy))
+                gradients = Gradients(low, case.prompts, case.graph, case.metric, case.ablation, full=model)
+                found.append(gradients.gradient(gradients.ones())[1])
+        assert torch.equal(*found)
 
     run()
 

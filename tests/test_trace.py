@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import Event
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pahq.errors import PahqError
 from pahq.precision.schedule import make_scheduler
 from pahq.precision.trace import Trace
+from pahq.report.tracing import open_scheduler
 from random_models import drawn
 
 SPANS = st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 40), st.integers(0, 10)), max_size=20)
@@ -74,3 +77,14 @@ def test_an_empty_trace_and_a_bad_path(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "trace.json").read_text())["otherData"]["spans"] == 0
     with pytest.raises(PahqError, match="no such file or folder"):
         Trace().write(tmp_path / "nowhere" / "trace.json")
+
+
+def test_streams_of_a_traced_run_work_together_on_a_cpu_too() -> None:
+    ready = Event()
+    with open_scheduler(torch.device("cpu"), None, traced=True) or make_scheduler("cpu") as scheduler:
+        waits = scheduler.submit("low", "waits", lambda: ready.wait(60))
+        frees = scheduler.submit("high", "frees", ready.set)
+        scheduler.join(waits, frees)
+        assert waits.value
+        assert scheduler.trace is not None
+    assert {span.name for span in scheduler.trace.spans()} == {"waits", "frees"}

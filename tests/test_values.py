@@ -20,6 +20,7 @@ from pahq.errors import PahqError
 from pahq.graph import Graph
 from pahq.model.config import ModelConfig
 from pahq.model.transformer import Transformer, build
+from pahq.precision import values
 from pahq.precision.formats import FORMATS, get_format, round_to
 from pahq.precision.policy import Policy, get_policy
 from pahq.precision.store import WeightStore
@@ -86,13 +87,28 @@ def test_what_else_is_rounded(name: str) -> None:
     def holds(value: Tensor, kind: str) -> bool:
         return torch.equal(round_to(value, policy.format(kind)), value)
 
-    assert holds(low.W_E, "embed")
+    assert torch.equal(low.embed_tokens(torch.arange(40)), round_to(model.W_E, policy.format("embed")))
     assert holds(low.blocks[0].ln1(x), "norm")
     assert holds(low.add(x, x.flip(0)), "residual")
     assert holds(low.pattern(x), "softmax")
     assert holds(low.unembed_input(x), "unembed")
     assert holds(low.logits(x), "metric")
     assert policy.format("norm").is_exact or not torch.equal(low.blocks[0].ln1(x), model.blocks[0].ln1(x))
+
+
+@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("slab", [7, 1000])
+def test_the_unembedding_is_what_its_format_keeps(name: str, slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(values, "SLAB", slab)
+    model, policy = grouped_model(), get_policy(name)
+    low, wanted = rounded(model, policy), round_to(model.W_U.T, policy.format("unembed"))
+    pieces = list(low.unembedding())
+    assert [part.stop - part.start for part, _ in pieces] == [piece.shape[1] for _, piece in pieces]
+    assert torch.equal(torch.cat([piece for _, piece in pieces], dim=1), wanted.T)
+    tokens = torch.tensor([[3, 39], [0, 3]])
+    assert torch.equal(low.columns(tokens), wanted[tokens])
+    h = torch.randn(5, 24, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(low.times_unembedding(h), h @ wanted.T)
 
 
 @pytest.mark.parametrize("name", VALUES)

@@ -62,9 +62,9 @@ def device_of(name: str) -> torch.device:
 def load(model: Any, config: RunConfig, watch: Watch, policy: Policy, scheduler: Scheduler | None) -> Transformer:
     """The model in the configuration's type on its device; of a known circuit by the circuit's name.
 
-    On a GPU, a policy that quantises differences leaves its FP32 weights in host memory, from where they are streamed.
+    On a GPU, a policy of low precision leaves the FP32 weights in host memory, from where they are streamed.
     """
-    if scheduler is not None and scheduler.device.type == "cuda" and policy.differences:
+    if scheduler is not None and scheduler.device.type == "cuda" and not policy.is_fp32:
         host = load(model, replace(config, device="cpu"), watch, policy, None)
         return streamed(host, scheduler.device, scheduler)
     dtype, changes = DTYPES[config.dtype], ("fold_ln", "center_writing", "center_unembed", "fold_value_biases")

@@ -70,7 +70,7 @@ class Nodes:
         assert block.mlp is not None
         assert block.ln2 is not None
         rows = x.reshape(-1, x.shape[-1])
-        self.flops.add("mlp", (3 if block.mlp.W_gate is not None else 2) * rows.numel() * block.mlp.W_in.shape[1])
+        self.flops.add("mlp", (3 if block.mlp.W_gate is not None else 2) * rows.numel() * self.model.config.d_mlp)
         if rows.shape[0] <= MLP_TOKENS:
             return block.mlp(block.ln2(rows)).view(x.shape)
         out = torch.empty_like(rows)
@@ -84,7 +84,7 @@ class Nodes:
         mlp, ln2 = self.model.blocks[layer].mlp, self.model.blocks[layer].ln2
         assert mlp is not None
         assert ln2 is not None
-        self.flops.add("mlp", (3 if mlp.W_gate is not None else 2) * x.numel() * mlp.W_in.shape[1])
+        self.flops.add("mlp", (3 if mlp.W_gate is not None else 2) * x.numel() * self.model.config.d_mlp)
         hidden, gate = mlp.hidden(ln2(x).flatten(0, -2))
         out = mlp.write(mlp.act_on(hidden, gate)).view(x.shape)
         return out, tuple(part.view(*x.shape[:-1], -1) for part in (hidden, gate) if part is not None)

@@ -199,10 +199,10 @@ class SoftPass:
         """
         model, graph, ref, prompts = self.model, self.graph, self.ref, self.prompts
         shape = torch.Size((*prompts.clean.shape, model.config.d_model))
-        senders = Senders(len(graph.senders), shape, model.W_E, scored)
+        embed, pos = model.embed(prompts.clean)  # where the model computes, which need not be where its weights are
+        senders = Senders(len(graph.senders), shape, embed, scored)
         whole = bool((gates == 1).all()) if whole is None else whole
         live = (_Whole if whole else _Live)(self, gates, senders, held or {})
-        embed, pos = model.embed(prompts.clean)
         parts = [embed]
         if pos is not None:
             parts = [embed, pos[None]] if graph.split_pos else [model.add(embed, pos)]

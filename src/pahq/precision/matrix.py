@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pahq.precision.formats import Format, Rounded, expand, get_format, quantise
+from pahq.precision.formats import Format, Rounded, dequantise, expand, get_format, quantise
 
 FP8_ALIGNMENT, INT8_ALIGNMENT, INT8_ROWS = 16, 8, 32
 """What CUDA's kernels ask of the inner and outer dimensions, and of the number of rows."""
@@ -59,6 +59,12 @@ class LowMatrix:
         if self.scale is not None:
             out *= self.scale
         return out
+
+    def rows(self, outputs: slice | Tensor) -> Tensor:
+        """What the matrix holds for some outputs, as float32 [..., k]."""
+        is_byte = self.values.element_size() == 1  # FP8 cannot be indexed everywhere, bytes can
+        values = (self.values.view(torch.uint8) if is_byte else self.values)[outputs].view(self.values.dtype)
+        return dequantise(Rounded(values, None if self.scale is None else self.scale[outputs][..., None]), self.fmt)
 
     def part(self, outputs: slice | Tensor) -> LowMatrix:
         """The matrix [k, some] of some outputs."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pahq.model.transformer import Transformer
-from pahq.precision.formats import Format, round_to
+from pahq.precision.formats import round_to
 from pahq.precision.matrix import LowMatrix, low_matrix
 from pahq.precision.policy import Policy
 
@@ -43,7 +43,8 @@ class WeightStore:
         self.model, self.policy = model, policy
         self.device = model.device if device is None else device
         self._copies: dict[WeightKey, LowMatrix] = {}
-        self._tables: dict[str, Held] = {}
+        self._embedding: LowMatrix | None = None
+        self._positions: Tensor | None = None
 
     def matrix(self, name: str, layer: int = 0, index: int = 0) -> LowMatrix:
         """q, k, v or o of a head (group), mlp_in, mlp_gate, mlp_out of a layer, or unembed."""
@@ -73,13 +74,22 @@ class WeightStore:
             return found
         return {"q": block.attn.W_Q, "k": block.attn.W_K, "v": block.attn.W_V, "o": block.attn.W_O}[name][index]
 
-    def table(self, name: str, rows: Tensor, fmt: Format) -> Tensor:
-        """W_E, W_pos or W_U with rows rounded to a format; the rounded values are held in the model's own type."""
-        if fmt.is_exact:
-            return rows
-        rounded = round_to(rows, fmt)
-        self._tables[name] = Held(component_of(name), fmt.name, "device", rounded.nbytes)
-        return rounded
+    def embedding(self) -> LowMatrix:
+        """W_E [d_vocab, d] by row; the unembedding's matrix where they are tied and have one format."""
+        W_E, W_U, fmt = self.model.W_E, self.model.W_U, self.policy.format("embed")
+        tied = (W_E.data_ptr(), W_E.shape, W_E.stride()) == (W_U.data_ptr(), W_U.T.shape, W_U.T.stride())
+        if tied and fmt == self.policy.format("unembed"):
+            return self.matrix("unembed")
+        if self._embedding is None:
+            self._embedding = low_matrix(W_E.T.to(self.device), fmt)
+        return self._embedding
+
+    def positions(self) -> Tensor | None:
+        """W_pos, rounded, in the model's own type; None where there are none."""
+        W_pos, fmt = self.model.W_pos, self.policy.format("embed")
+        if W_pos is not None and not fmt.is_exact and self._positions is None:
+            self._positions = round_to(W_pos, fmt)
+        return W_pos if self._positions is None else self._positions
 
     def make_all(self) -> None:
         """Makes every copy of attention and MLPs now, so that no test waits for one."""
@@ -95,11 +105,14 @@ class WeightStore:
     def held(self) -> list[Held]:
         """What the copies take, by component and format. (FP32 is no copy, where the master is on the same device.)"""
         sums: dict[tuple[str, str], int] = {}
-        for one in self._tables.values():
-            sums[one.component, one.format] = sums.get((one.component, one.format), 0) + one.nbytes
-        for (name, layer, index), matrix in self._copies.items():
-            if matrix.values.data_ptr() != self.master(name, layer, index).data_ptr():
-                key = (MATRICES.get(name, name), matrix.fmt.name)
+        if self._positions is not None:
+            sums["embed", "fp32"] = self._positions.nbytes
+        copies = [(MATRICES.get(key[0], key[0]), one, self.master(*key)) for key, one in self._copies.items()]
+        if self._embedding is not None:
+            copies.append(("embed", self._embedding, self.model.W_E))
+        for component, matrix, master in copies:
+            if matrix.values.data_ptr() != master.data_ptr():
+                key = (component, matrix.fmt.name)
                 sums[key] = sums.get(key, 0) + matrix.nbytes
         return [Held(component, fmt, "device", nbytes) for (component, fmt), nbytes in sorted(sums.items())]
 

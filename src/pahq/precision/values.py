@@ -7,7 +7,8 @@ where there are any, pass straight through what is rounded here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -16,10 +17,13 @@ from torch import Tensor
 from pahq.model.components import MLP, Attention, Norm
 from pahq.model.transformer import Block, Transformer
 from pahq.precision.formats import Format
-from pahq.precision.matrix import LowMatrix
+from pahq.precision.matrix import LowMatrix, low_matrix
 from pahq.precision.policy import Policy
 from pahq.precision.store import WeightStore
 from pahq.precision.straight import round_through
+
+SLAB = 1 << 13
+"""Tokens whose unembedding is expanded to FP32 at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +84,37 @@ class RoundedMLP(MLP):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundedTransformer(Transformer):
-    """A transformer of rounded values. W_E, W_pos and W_U hold what their formats keep of the weights."""
+    """A transformer of rounded values, which computes on ``home``.
+
+    embedding_rows, unembedding_rows: what their formats keep of W_E and W_U, by token. W_E and W_U themselves are the
+    masters, which may be in host memory; W_pos is rounded.
+    """
 
     policy: Policy
+    home: torch.device
+    embedding_rows: LowMatrix
+    unembedding_rows: LowMatrix
+
+    @property
+    def device(self) -> torch.device:
+        return self.home
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        return self._rows(self.embedding_rows, tokens)
+
+    def unembedding(self) -> Iterator[tuple[slice, Tensor]]:
+        kept, count = self.unembedding_rows, self.W_U.shape[1]
+        as_it_is = kept.values.dtype == self.dtype and kept.values.device == self.home
+        width = count if as_it_is else SLAB
+        for first in range(0, count, width):
+            part = slice(first, min(first + width, count))
+            yield part, kept.rows(part).to(self.home).T
+
+    def columns(self, tokens: Tensor) -> Tensor:
+        return self._rows(self.unembedding_rows, tokens)
+
+    def _rows(self, kept: LowMatrix, tokens: Tensor) -> Tensor:
+        return kept.rows(tokens.to(kept.values.device)).to(self.home)
 
     def pattern(self, scores: Tensor) -> Tensor:
         return round_through(super().pattern(scores), self.policy.format("softmax"))
@@ -100,13 +132,13 @@ class RoundedTransformer(Transformer):
 def rounded_model(model: Transformer, policy: Policy, store: WeightStore) -> RoundedTransformer:
     """The model as a policy that quantises values (or FP32) computes it; ``store`` keeps its weights."""
     assert not policy.differences
-    cfg, norm, embed = model.config, policy.format("norm"), policy.format("embed")
+    cfg, norm = model.config, policy.format("norm")
 
     def rounded(one: Norm) -> Norm:
         return one if norm.is_exact else RoundedNorm(**fields_of(one), fmt=norm)
 
     blocks = []
-    for layer, block in enumerate(model.blocks):
+    for layer, block in enumerate(model.frames):
         counts = {"q": cfg.n_heads, "k": cfg.n_kv_heads, "v": cfg.n_kv_heads, "o": cfg.n_heads}
         matrices = {name: [store.matrix(name, layer, i) for i in range(count)] for name, count in counts.items()}
         attn, mlp, ln2 = RoundedAttention(**fields_of(block.attn), matrices=matrices), None, None
@@ -120,15 +152,13 @@ def rounded_model(model: Transformer, policy: Policy, store: WeightStore) -> Rou
                 low_gate=gate,
             )
         blocks.append(Block(rounded(block.ln1), attn, ln2, mlp))
-    plain = replace(
-        model,
-        W_E=store.table("embed.W_E", model.W_E, embed),
-        W_pos=None if model.W_pos is None else store.table("pos_embed.W_pos", model.W_pos, embed),
-        W_U=store.table("unembed.W_U", model.W_U.T, policy.format("unembed")).T,
-        blocks=tuple(blocks),
-        ln_final=rounded(model.ln_final),
-    )
-    return RoundedTransformer(**fields_of(plain), policy=policy)
+    own = {f.name: getattr(model, f.name) for f in fields(Transformer)}  # a streamed model has more
+    own |= {"blocks": tuple(blocks), "ln_final": rounded(model.ln_final)}
+    if policy.values:
+        own["W_pos"], embed, unembed = store.positions(), store.embedding(), store.matrix("unembed")
+    else:
+        embed, unembed = low_matrix(model.W_E.T, "fp32"), low_matrix(model.W_U, "fp32")
+    return RoundedTransformer(**own, policy=policy, home=model.device, embedding_rows=embed, unembedding_rows=unembed)
 
 
 def fields_of(value: Any) -> dict[str, Any]:

@@ -17,12 +17,14 @@ from pahq.precision.trace import Trace
 def open_scheduler(device: torch.device, streams: str | None, traced: bool) -> Scheduler | None:
     """The scheduler of a run; None on devices that have none, if neither streams nor a trace were asked for.
 
-    streams: as typed, None for all. Raises PahqError for unknown streams, and where the device has no scheduler.
+    streams: as typed, None for all. traced: on a CPU streams are threads then, so that the trace shows them at work
+    together. Raises PahqError for unknown streams, and where the device has no scheduler.
     """
     if streams is None and not traced and device.type not in ("cpu", "cuda"):
         return None
     names = STREAMS if streams is None else parse_streams(streams)
-    return make_scheduler(device, names, trace=Trace() if traced else None)
+    threads = traced and device.type == "cpu"
+    return make_scheduler(device, names, threads, Trace() if traced else None)
 
 
 def trace_path(trace: str | PathLike[str] | None, out: Path | None) -> Path | None:
