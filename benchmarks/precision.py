@@ -130,6 +130,7 @@ class TaskRun:
         ratios: dict[str, list[float]] = {row: [] for row in REPEATED}
         pfe: dict[str, list[float]] = {row: [] for row in REPEATED}
         seconds: dict[str, list[float]] = {row: [] for row in ROWS}
+        plains: list[list[float]] = []
         for repeat in range(given.repeats):
             spent, tests, plain = dict[str, float](), dict[str, int](), list[float]()
             for row in given.timed if repeat == 0 else [row for row in given.timed if row in REPEATED]:
@@ -153,6 +154,7 @@ class TaskRun:
                 if repeat == 0:
                     kept[row] = np.array(found["kept"], dtype=np.int64)
                     self.rows[row] |= {"peak": found["peak_bytes"], "kept": len(found["kept"])}
+            plains.append(plain)
             for row in tests:
                 pfe[row].append(spent[row] / tests[row] / median(plain))
                 if "fp32" in spent:
@@ -162,7 +164,7 @@ class TaskRun:
                 self.rows[row]["time"] = median(times)
             if row in kept and "fp32" in kept:
                 self.rows[row]["f1"] = f1(_mask(kept[row], kept["fp32"]), _mask(kept["fp32"], kept[row]))
-        self.details["timings"] = {"seconds": seconds, "ratios_to_fp32": ratios, "pfe": pfe}
+        self.details["timings"] = {"seconds": seconds, "ratios_to_fp32": ratios, "pfe": pfe, "plain_s": plains}
         middle = {row: median(ratios[row]) for row in EXACT if ratios.get(row)}
         if middle:
             fastest = min(middle, key=lambda row: middle[row])

@@ -110,6 +110,8 @@ def test_under_test() -> None:
         ("attention=", ["COMPONENT=FORMAT"]),
         ("attention=e4m3,,mlp=bf16", ["COMPONENT=FORMAT"]),
         ("all=e4m3", ["'all'", "linear=e4m3"]),
+        ("attention=e4m3,attention=bf16", ["attention has two formats, e4m3 and bf16"]),
+        ("tf32", ["'tf32' is a format", "linear=tf32"]),
         ("norm=bf16", ["'norm'", "quantise values"]),
         ("metric=e4m3-unscaled", ["'metric'", "quantise values"]),
         ("nothing:mlp=bf16", ["'nothing'", "differences, values"]),
@@ -183,3 +185,8 @@ def test_exact_needs_differences() -> None:
         assert not options(name, False).escalates
         with pytest.raises(PahqError, match=f"^exact: policy '{name}'"):
             options(name, True)
+
+
+def test_a_narrower_word_takes_back_a_part_of_a_wider_one() -> None:
+    policy = get_policy("linear=bf16,mlp=int8")
+    assert (policy.formats["mlp"], policy.formats["q"]) == ("int8", "bf16")

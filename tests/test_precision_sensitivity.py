@@ -239,3 +239,14 @@ def test_bytes_of_heads_count_shared_keys_once() -> None:
     assert head_bytes(model, [(0, 0)]) == 4 * matrix
     assert head_bytes(model, [(0, 0), (0, 1)]) == 6 * matrix
     assert head_bytes(model, [(0, 0), (1, 0), (0, 0)]) == 8 * matrix
+
+
+@pytest.mark.parametrize(("kinds", "share"), [(None, 0.5), (["q"], None)])
+def test_the_budget_is_half_unless_that_cannot_be(
+    model: Transformer, prompts: Prompts, kinds: list[str] | None, share: float | None
+) -> None:
+    found = measure_sensitivity(model, prompts, AcdcOptions(THRESHOLD), kinds=kinds, formats=("e5m2",), tests=8)
+    (choice,) = found.choices
+    least = table_bytes(model, {"q": "e5m2"}, "differences")
+    assert choice.budget == (found.fp32_bytes // 2 if share else least)
+    assert choice.bytes <= choice.budget

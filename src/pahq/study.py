@@ -56,7 +56,7 @@ def sensitivity(
     formats: Sequence[str] = FORMATS,
     quantised: str = "differences",
     tests: int = 400,
-    budget: str = "0.5x",
+    budget: str | None = None,
     run: Folder | None = None,
     **how: Any,
 ) -> dict[str, Any]:
@@ -67,7 +67,8 @@ def sensitivity(
     """
     for policy in single_policies(kinds, formats, quantised):  # before the model is loaded, which takes a while
         policy.require(device_of(config.device), DTYPES[config.dtype])
-    budget_bytes(budget, 1)
+    if budget is not None:
+        budget_bytes(budget, 1)
     if run is not None:
         config = _options_of(run, config)
 

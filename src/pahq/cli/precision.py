@@ -137,8 +137,12 @@ def sensitivity(
         str, typer.Option(help="differences, values or both (what is no product is always rounded as values).")
     ] = "differences",
     budget: Annotated[
-        str, typer.Option(help="For the recommended table: bytes, or a share of FP32's such as 0.4x.")
-    ] = "0.5x",
+        str | None,
+        typer.Option(
+            help="For the recommended table: bytes, or a share of FP32's such as 0.4x "
+            "(default: half of FP32's, or the least that the formats take)."
+        ),
+    ] = None,
     tests: Annotated[int, typer.Option(help="Effects to compare, sampled evenly over an FP32 sweep.")] = 400,
     run: Annotated[
         str | None,

@@ -15,7 +15,7 @@ import torch
 
 from pahq.errors import PahqError, choices
 from pahq.files import read_json
-from pahq.precision.formats import Format, get_format, require
+from pahq.precision.formats import FORMATS, Format, get_format, require
 
 LINEAR = ("q", "k", "v", "o", "mlp", "unembed")
 """Kinds of weight matrices."""
@@ -167,6 +167,8 @@ def _find(spec: str) -> Policy:
         kind, colon, rest = spec.partition(":")
         quantised: Any = kind if colon else "differences"
         return Policy(spec, _table(spec, rest if colon else spec), quantised)
+    if spec in FORMATS:
+        raise PahqError(f"policy '{spec}' is a format; to hold all weights in it write linear={spec}")
     raise PahqError(
         f"policy '{spec}' is unknown; {choices(spec, POLICIES, 'choose one of')} "
         "(or give a .json file, or a table such as attention=e4m3,mlp=bf16)"
@@ -175,10 +177,14 @@ def _find(spec: str) -> Policy:
 
 def _table(spec: str, text: str) -> dict[str, str]:
     table: dict[str, str] = {}
+    words: dict[str, str] = {}
     for item in text.split(","):
         kind, equals, name = item.strip().partition("=")
         if not equals or not name:
             raise PahqError(f"policy '{spec}': '{item}' is not COMPONENT=FORMAT; write for example mlp=bf16")
+        if kind in words:  # a narrower word may well take back a part of a wider one
+            raise PahqError(f"policy '{spec}': {kind} has two formats, {words[kind]} and {name}; leave one out")
+        words[kind] = name
         table |= _kinds(spec, kind, name)
     return table
 

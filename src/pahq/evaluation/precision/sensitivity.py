@@ -68,7 +68,7 @@ def measure_sensitivity(
     formats: Sequence[str] = FORMATS,
     quantised: str = "differences",
     tests: int = 400,
-    budget: str = "0.5x",
+    budget: str | None = None,
     watcher: Watcher | None = None,
     swept: Sequence[Tested] | None = None,
 ) -> Sensitivity:
@@ -76,8 +76,9 @@ def measure_sensitivity(
 
     options: of the FP32 sweep whose states are sampled. kinds: None for all that can be lowered. quantised:
     ``differences``, ``values`` or ``both``; what is no matrix product is always rounded as values. tests: effects to
-    compare. budget: bytes of all weights, or a share of FP32's such as ``0.4x``. swept: the tests of a sweep made
-    before with the same options; None makes it now, which takes most of the time.
+    compare. budget: bytes of all weights, or a share of FP32's such as ``0.4x``; None for half of FP32's, or the
+    least that these formats take. swept: the tests of a sweep made before with the same options; None makes it now,
+    which takes most of the time.
     Raises PahqError for unknown kinds and formats, and a budget that no table meets.
     """
     watcher = Watcher() if watcher is None else watcher
@@ -87,9 +88,10 @@ def measure_sensitivity(
     for policy in policies:
         policy.require(model.device, model.dtype)
     fp32_bytes = sum(weight_bytes(model, FP32).values())
-    limit = budget_bytes(budget, fp32_bytes)
-    for mode in _modes(quantised):
-        _check_budget(model, [policy for policy in policies if policy.quantised == mode], mode, limit)
+    limits = {
+        mode: _limit(model, [policy for policy in policies if policy.quantised == mode], mode, budget, fp32_bytes)
+        for mode in _modes(quantised)
+    }
     options = replace(options, policy=FP32, exact=None)
     decisions = sweep(model, prompts, options, watcher.sweep) if swept is None else swept
     graph = Graph(model.config, options.split_qkv, options.direct_edges, options.split_pos)
@@ -104,9 +106,9 @@ def measure_sensitivity(
         watcher.step(policy.name, 1 + len(rows), steps)
     choices = []
     for mode in _modes(quantised):
-        table, predicted = recommend(model, [row for row in rows if row["quantised"] == mode], mode, limit)
+        table, predicted = recommend(model, [row for row in rows if row["quantised"] == mode], mode, limits[mode])
         policy = Policy(f"{mode}:recommended", table, "values" if mode == "values" else "differences")
-        choices.append(Choice(mode, table, table_bytes(model, table, mode), limit, predicted, measure(policy)))
+        choices.append(Choice(mode, table, table_bytes(model, table, mode), limits[mode], predicted, measure(policy)))
         watcher.step(policy.name, 1 + len(rows) + len(choices), steps)
     return Sensitivity(rows, choices, len(measure.exact), len(decisions), fp32_bytes, measure.seconds)
 
@@ -175,20 +177,26 @@ def budget_bytes(text: str, whole: int) -> int:
     return int(number * whole) if text.endswith("x") else int(number)
 
 
-def _check_budget(model: Transformer, policies: Sequence[Policy], mode: str, limit: int) -> None:
-    """Raises PahqError, before anything is computed, if even the smallest formats take more."""
+def _limit(model: Transformer, policies: Sequence[Policy], mode: str, budget: str | None, fp32: int) -> int:
+    """Bytes that the recommended table may take; fp32: those of FP32.
+
+    Raises PahqError, before anything is computed, if even the smallest formats take more than the budget.
+    """
     smallest: dict[str, str] = {}
     for policy in policies:
         (kind, name), *_ = policy.formats.items()
         if kind not in smallest or get_format(name).bits < get_format(smallest[kind]).bits:
             smallest[kind] = name
     size = table_bytes(model, smallest, mode)
+    if budget is None:
+        return max(fp32 // 2, size)
+    limit = budget_bytes(budget, fp32)
     if size > limit:
-        fp32 = sum(weight_bytes(model, FP32).values())
         raise PahqError(
             f"budget: {limit:,} bytes are fewer than the {size:,} ({size / fp32:.3f}x of FP32) that the smallest of "
             "these formats take; raise --budget, or name more kinds or smaller formats"
         )
+    return limit
 
 
 def recommend(
