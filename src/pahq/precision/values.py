@@ -22,8 +22,8 @@ from pahq.precision.policy import Policy
 from pahq.precision.store import WeightStore
 from pahq.precision.straight import round_through
 
-SLAB = 1 << 13
-"""Tokens whose unembedding is expanded to FP32 at a time."""
+SLAB = 1 << 12
+"""Tokens whose unembedding is expanded to FP32 at a time: few, so that their memory is used again, not asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
